@@ -1,0 +1,370 @@
+"""tools/frontpage.py, the register lessons.yaml, and the links of the pages at the root."""
+import copy
+import json
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import yaml
+
+from tools import frontpage
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = {"number", "folder", "name", "title", "date", "paper", "parents", "teaches", "state"}
+# A release without a paper of its own names the paper it builds on; its date is the release's.
+RELEASES = {"14a", "14b"}
+
+
+# ---------------------------------------------------------------------------------------------- lessons.yaml
+
+def register():
+    return yaml.safe_load((ROOT / "lessons.yaml").read_text(encoding="utf-8"))
+
+
+def problems(lessons):
+    """Everything wrong with a register, as a list of sentences."""
+    found = []
+    numbers = [lesson.get("number") for lesson in lessons]
+    for lesson in lessons:
+        number = lesson.get("number")
+
+        def wrong(what, number=number):
+            found.append(f"{number}: {what}")
+
+        if set(lesson) != KEYS:
+            wrong(f"keys {sorted(set(lesson) ^ KEYS)} are missing or unknown")
+            continue
+        if not isinstance(number, str) or not re.fullmatch(r"\d\d[a-z]?", number):
+            wrong("number is not two digits and perhaps a letter, as a string")
+            continue
+        if numbers.count(number) > 1:
+            wrong("number is not unique")
+        letter = f"/sublesson_{number[2:]}" if number[2:] else ""
+        if lesson["folder"] != f"lesson_{number[:2]}{letter}":
+            wrong(f"folder {lesson['folder']} does not fit the number")
+        for key in ("name", "title", "teaches"):
+            if not isinstance(lesson[key], str) or not lesson[key].strip():
+                wrong(f"{key} is empty")
+            elif "\n" in lesson[key] or "|" in lesson[key]:
+                wrong(f"{key} holds a line break or a bar")
+        if len(lesson["teaches"]) > 90:
+            wrong(f"teaches has {len(lesson['teaches'])} characters")
+        if lesson["state"] not in ("planned", "ready"):
+            wrong(f"state {lesson['state']!r} is neither planned nor ready")
+
+        date, paper = lesson["date"], lesson["paper"]
+        if date is None:
+            if paper is not None:
+                wrong("has a paper and no date")
+        elif not isinstance(date, str) or not re.fullmatch(r"20(1[5-9]|2\d)-(0[1-9]|1[0-2])", date):
+            wrong(f"date {date!r} is not a month from 2015 on")
+        if paper is not None:
+            arxiv = re.fullmatch(r"https://arxiv\.org/abs/(\d\d)(\d\d)\.\d{4,5}", paper)
+            if not arxiv:
+                wrong(f"paper {paper} is not an arXiv page")
+            elif number not in RELEASES and date != f"20{arxiv[1]}-{arxiv[2]}":
+                wrong(f"date {date} is not the month of {paper}")
+
+        parents = lesson["parents"]
+        if not isinstance(parents, list) or len(set(parents)) != len(parents):
+            wrong("parents is not a list of different numbers")
+        elif not parents and number != "01":
+            wrong("has no parent")
+        for parent in parents:
+            if parent not in numbers:
+                wrong(f"parent {parent!r} does not exist")
+
+    parents = {lesson["number"]: lesson["parents"] for lesson in lessons if set(lesson) == KEYS}
+    done = set()
+    while True:                                        # take away lessons whose parents are all taken away
+        free = {number for number in parents if number not in done
+                and all(parent in done or parent not in parents for parent in parents[number])}
+        if not free:
+            break
+        done |= free
+    if len(done) < len(parents):
+        found.append(f"parents go in a circle among {sorted(set(parents) - done)}")
+    return found
+
+
+def test_register_is_well_formed():
+    assert problems(register()) == []
+
+
+def test_register_is_in_order_and_complete():
+    numbers = [lesson["number"] for lesson in register()]
+    assert numbers == sorted(numbers)
+    whole = [int(number) for number in numbers if len(number) == 2]
+    assert whole == list(range(1, len(whole) + 1))     # no gap
+    for number in numbers:
+        assert number[:2] in numbers                   # 05a needs 05
+
+
+def test_ready_lessons_have_a_folder():
+    ready = [lesson for lesson in register() if lesson["state"] == "ready"]
+    assert ready
+    for lesson in ready:
+        for name in ("README.md", "model.py", "train.py", "sample.py", "reproduce.py", "config.yaml"):
+            assert (ROOT / lesson["folder"] / name).exists(), f"{lesson['folder']}/{name}"
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (dict(number="01"), "not unique"),
+    (dict(folder="lesson_5"), "folder"),
+    (dict(date="2020-13"), "not a month"),
+    (dict(date="2020-07"), "not the month of"),
+    (dict(date=None), "no date"),
+    (dict(parents=["77"]), "does not exist"),
+    (dict(parents=[]), "no parent"),
+    (dict(parents=["39"]), "circle"),                  # 39 descends from 07, and 07 from 05
+    (dict(parents=["05"]), "circle"),
+    (dict(teaches="x" * 91), "91 characters"),
+    (dict(state="done"), "neither"),
+    (dict(more="x"), "unknown"),
+])
+def test_problems_are_found(change, complaint):
+    lessons = copy.deepcopy(register())
+    next(lesson for lesson in lessons if lesson["number"] == "05").update(change)
+    assert any(complaint in problem for problem in problems(lessons))
+
+
+# ------------------------------------------------------------------------------------------- generated parts
+
+def lesson(number, **other):
+    folder = f"lesson_{number[:2]}" + (f"/sublesson_{number[2:]}" if number[2:] else "")
+    return {"number": number, "folder": folder, "name": f"Name {number}", "title": f"Title {number}",
+            "date": "2020-06", "paper": "https://arxiv.org/abs/2006.00001", "parents": [],
+            "teaches": f"Teaches {number}.", "state": "ready", **other}
+
+
+README = "".join(f"# {name}\n<!-- frontpage:{name}:start -->\nOUTDATED\n<!-- frontpage:{name}:end -->\n"
+                 for name in frontpage.PARTS) + "the end\n"
+
+
+@pytest.fixture
+def root(tmp_path):
+    lessons = [
+        lesson("01", date=None, paper=None, state="planned"),
+        lesson("02", date="2021-05"),
+        lesson("03", date="2019-07", parents=["01"]),
+        lesson("03a", date="2022-01", parents=["03"]),
+        lesson("10", parents=["03"], state="planned"),
+    ]
+    (tmp_path / "lessons.yaml").write_text(yaml.safe_dump(lessons), encoding="utf-8")
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    results = tmp_path / "lesson_03" / "results"
+    results.mkdir(parents=True)
+    (results / "denoising.gif").write_bytes(b"GIF89a")
+    (results.parent / "notebook.ipynb").write_text("{}")
+    publish(tmp_path, headline="FID 2.5 (floor 0.5; n = 2,048; 50 network calls)",
+            train={"minutes": 9.3, "device": "2 CPU cores", "code": "abc"},
+            sample={"n": 64, "code": "old", "script": "sample"})
+    return tmp_path
+
+
+def publish(root, folder="lesson_03", **results):
+    path = root / folder / "results" / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results), encoding="utf-8")
+
+
+def rows(text):
+    """The cells of a Markdown table, without its two head lines."""
+    lines = text.splitlines()
+    assert lines[0].count(" | ") == lines[1].count(" | ")
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines[2:]]
+    assert all(len(row) == lines[0].count("|") - 1 for row in cells)
+    return [[cell.strip() for cell in row] for row in cells]
+
+
+def test_lessons_table(root):
+    table = rows(frontpage.lessons_table(root))
+    assert [row[0] for row in table] == ["03", "02", "03a"]            # by date, finished lessons only
+    first = table[0]
+    assert first[1:4] == ["2019-07", "**Name 03**", "[Title 03](https://arxiv.org/abs/2006.00001)"]
+    assert '<img src="lesson_03/results/denoising.gif" width="84"' in first[4]
+    assert first[5] == "FID 2.5 (floor 0.5; n = 2,048; 50 network calls)"
+    assert first[6:9] == ["9.3 (2 CPU cores)", "not yet measured", "[lesson_03](lesson_03)"]
+    assert (f"https://colab.research.google.com/github/{frontpage.REPOSITORY}/blob/main/lesson_03/notebook.ipynb"
+            in first[9])
+
+
+def test_lesson_without_results_has_empty_cells(root):
+    second, third = rows(frontpage.lessons_table(root))[1:]
+    assert second[4:] == ["—", "—", "—", "not yet measured", "[lesson_02](lesson_02)", "—"]
+    assert third[8] == "[lesson_03/sublesson_a](lesson_03/sublesson_a)"
+
+
+@pytest.mark.parametrize("entry, cell", [
+    ({"minutes": 4.25, "device": "Tesla T4"}, "4.25"),
+    ({"minutes": 12}, "12"),
+    ({"minutes": 1.0, "device": "H100"}, "not yet measured"),
+    ({"minutes": None}, "not yet measured"),
+    ({}, "not yet measured"),
+])
+def test_t4_column_holds_t4_minutes_only(root, entry, cell):
+    publish(root, train_gpu=entry)
+    assert rows(frontpage.lessons_table(root))[0][7] == cell
+
+
+def test_headline_is_made_from_the_scores(root):
+    few = {"fid": 3.456, "fid_floor": 0.151, "n": 2048, "nfe": 10}
+    many = {"fid": 1.234, "fid_floor": 0.152, "n": 2048, "nfe": 1000}
+    publish(root, sample_10=few, sample_1000=many, sample_50={"fid": 0.1},      # lacks n and floor
+            claim={**few, "fid": 0.1})                                         # an arm is not the lesson's result
+    assert rows(frontpage.lessons_table(root))[0][5] == "FID 1.23 (floor 0.15; n = 2,048; 1,000 network calls)"
+    publish(root, headline="Said by hand", sample_10=few)
+    assert rows(frontpage.lessons_table(root))[0][5] == "Said by hand"
+
+
+def test_a_bar_in_a_headline_does_not_break_the_table(root):
+    publish(root, headline="E|x|\nsmall")
+    assert rows(frontpage.lessons_table(root))[0][5] == r"E\|x\| small"
+
+
+def test_unreadable_results_name_the_file(root):
+    (root / "lesson_03" / "results" / "results.json").write_text("{")
+    with pytest.raises(SystemExit, match="lesson_03/results/results.json"):
+        frontpage.lessons_table(root)
+
+
+def test_roadmap(root):
+    assert rows(frontpage.roadmap_table(root)) == [
+        ["01", "—", "Name 01", "Title 01", "Teaches 01."],
+        ["10", "2020-06", "Name 10", "[Title 10](https://arxiv.org/abs/2006.00001)", "Teaches 10."],
+    ]
+
+
+def test_nothing_finished_or_nothing_planned(root):
+    for state, function in (("planned", frontpage.lessons_table), ("ready", frontpage.roadmap_table)):
+        (root / "lessons.yaml").write_text(yaml.safe_dump([lesson("01", state=state)]))
+        assert "|" not in function(root)
+
+
+def test_map_is_a_mermaid_diagram(root):
+    lines = frontpage.field_map(root).splitlines()
+    assert lines[0] == "```mermaid" and lines[-1] == "```"
+    assert [line for line in lines if line.startswith("```")] == ["```mermaid", "```"]
+    for name in ("Name 01", "Name 03", "Name 10"):
+        assert any(name in line for line in lines)
+
+
+def test_numbers_sort_as_numbers():
+    numbers = ["10", "05b", "05", "06", "05a"]
+    assert sorted(numbers, key=frontpage.number_key) == ["05", "05a", "05b", "06", "10"]
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+def test_write_then_check(root, capsys):
+    assert frontpage.main(["--check"], root) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "python -m tools.frontpage" in message
+    assert (root / "README.md").read_text(encoding="utf-8") == README  # --check writes nothing
+
+    assert frontpage.main([], root) == 0
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert "OUTDATED" not in text and text.endswith("the end\n") and "FID 2.5" in text
+    assert frontpage.main(["--check"], root) == 0
+    frontpage.main([], root)
+    assert (root / "README.md").read_text(encoding="utf-8") == text    # writing twice changes nothing
+
+
+@pytest.mark.parametrize("change", [
+    lambda root: publish(root, headline="FID 9.9 (floor 0.5; n = 2,048; 50 network calls)"),
+    lambda root: (root / "lesson_03" / "results" / "denoising.gif").unlink(),
+    lambda root: (root / "lessons.yaml").write_text(
+        (root / "lessons.yaml").read_text().replace("Teaches 10.", "Teaches more.")),
+    lambda root: (root / "README.md").write_text(
+        (root / "README.md").read_text(encoding="utf-8").replace("FID 2.5", "FID 0.1"), encoding="utf-8"),
+])
+def test_stale_readme_is_caught(root, change):
+    frontpage.main([], root)
+    change(root)
+    assert frontpage.main(["--check"], root) == 1
+
+
+@pytest.mark.parametrize("marker", ["<!-- frontpage:map:start -->", "<!-- frontpage:map:end -->"])
+def test_missing_or_double_marker_is_an_error(root, marker):
+    for text in (README.replace(marker, ""), README + marker):
+        with pytest.raises(SystemExit, match="frontpage:map"):
+            frontpage.render(text, root)
+
+
+def test_results_of_other_code_are_listed(root):
+    lines = frontpage.stale_results(root, code_hash=lambda folder, script: "abc")
+    assert len(lines) == 1
+    assert "lesson_03/results/results.json" in lines[0] and "'sample'" in lines[0]
+    assert len(frontpage.stale_results(root, code_hash=lambda folder, script: "new")) == 2
+    # each entry is compared with the code of the script that made it
+    assert frontpage.stale_results(root, code_hash=lambda folder, script: "old" if script == "sample" else "abc") == []
+
+    publish(root, headline="FID 2.5", train={"minutes": 9.3})          # nothing recorded, nothing stale
+    assert frontpage.stale_results(root, code_hash=lambda folder, script: pytest.fail("not needed")) == []
+
+
+def test_stale_command_asks_utils(root, capsys):
+    from utils import code_hash
+    folder = root / "lesson_03"
+    for name in ("model", "train", "sample"):
+        (folder / f"{name}.py").write_text(f"name = {name!r}\n")
+    publish(root, train={"code": code_hash(folder, "train"), "script": "train"},
+            sample={"code": code_hash(folder, "sample"), "script": "sample"})
+    assert frontpage.main(["--stale"], root) == 0
+    (folder / "sample.py").write_text("name = 'sampler'\n")
+    capsys.readouterr()
+    assert frontpage.main(["--stale"], root) == 1
+    assert "'sample'" in (out := capsys.readouterr().out) and "'train'" not in out
+    (folder / "model.py").write_text("name = 'other'\n")
+    frontpage.main(["--stale"], root)
+    assert "'train'" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- the real pages
+
+def test_readme_is_fresh(capsys):
+    assert frontpage.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def headings(text):
+    """The anchors GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def links(text):
+    """Targets of Markdown links and pictures and of HTML src and href, code left out."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    text = re.sub(r"`[^`\n]*`", "", text)
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_relative_links_and_pictures_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = links(text)
+    assert targets
+    broken = []
+    for target in targets:
+        if re.match(r"[a-z]+:", target):               # another host
+            continue
+        path, _, anchor = unquote(target).partition("#")
+        file = ROOT / path if path else ROOT / page
+        if path.startswith("/") or not file.exists():
+            broken.append(target)
+        elif anchor and anchor not in headings(file.read_text(encoding="utf-8")):
+            broken.append(target)
+    assert broken == []
+
+
+def test_front_page_begins_with_the_commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^```bash\n(.*?)^```", text, flags=re.S | re.M)[1]
+    assert "make lesson_05" in block and "make test" in block
+    assert text.index("make lesson_05") < text.index("| ")            # before the first table
+
+
+def test_licence():
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert text.startswith("MIT License") and "2026 Zero-to-Hero: Diffusion Models contributors" in text

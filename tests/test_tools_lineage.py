@@ -1,0 +1,498 @@
+"""tools/lineage.py, on made-up lessons of a few lines, and once on the lessons of this repository."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tools import lineage
+from tools.lineage import check, main, mermaid, sync
+
+ROOT = Path(__file__).resolve().parent.parent
+
+BLOCK = '''class Block:
+    """A block."""
+
+    def __init__(self, width=8):
+        self.width = width
+        self.depth = 2
+
+    @staticmethod
+    def forward(x):
+        # add one
+        return x + 1
+'''
+NET = '''def net(x, width=4):
+    """A network."""
+    x = x * width
+    return x
+'''
+COPY = "# Copied from lesson_01/model.py: Block\n"
+ADAPTED = "# Adapted from lesson_01/model.py: net -- one more input (Sec. 2)\n"
+WIDER = "def net(x, y, width=4):\n    x = x * width + y\n    return x\n"
+
+
+def entry(number, *parents, state="ready"):
+    folder = f"lesson_{number[:2]}" + (f"/sublesson_{number[2]}" if number[2:] else "")
+    return {"number": number, "folder": folder, "name": f"Name{number}", "title": "A title", "date": "2020-06",
+            "paper": None, "parents": list(parents), "state": state}
+
+
+LESSONS = [entry("01"), entry("02", "01"), entry("03", "02", "01"), entry("01a", "01", state="planned")]
+
+
+def write(root, files, lessons=LESSONS):
+    """Write lessons; a lesson with a parent gets a README with an empty table."""
+    (root / "lessons.yaml").write_text(yaml.safe_dump(lessons))
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for lesson in lessons:
+        readme = root / lesson["folder"] / "README.md"
+        if lesson["parents"] and readme.parent.is_dir() and not readme.exists():
+            readme.write_text(
+                f"# A lesson\n\n## What is new since lesson {lesson['parents'][0]}\n\nText.\n\n"
+                f"{lineage.START}\n{lineage.END}\n\n## After\n")
+
+
+def problems(root, files, lessons=LESSONS):
+    """What check finds, the tables and pins being in order."""
+    write(root, files, lessons)
+    sync(root)
+    return check(root)
+
+
+def only(found, *parts):
+    """The one line found, which holds all `parts`."""
+    assert len(found) == 1, found
+    for part in parts:
+        assert part in found[0]
+
+
+# ------------------------------------------------------------------------------------------------ copies
+def test_a_faithful_copy_passes(tmp_path):
+    assert problems(tmp_path, {"lesson_01/model.py": BLOCK, "lesson_02/model.py": COPY + BLOCK}) == []
+
+
+def test_docstrings_and_comments_of_a_copy_are_free(tmp_path):
+    other = BLOCK.replace('"""A block."""', '"""Other\n\n    words."""').replace("# add one", "# Eq. (3)")
+    assert other != BLOCK
+    assert problems(tmp_path, {"lesson_01/model.py": BLOCK, "lesson_02/model.py": COPY + "# Sec. 2\n" + other}) == []
+
+
+@pytest.mark.parametrize("old, new", [("width=8", "width=9"), ("@staticmethod", "@classmethod"), ("x + 1", "x - 1"),
+                                      ("class Block:", "@final\nclass Block:"), ("depth = 2", "depth = 2.0")])
+def test_a_changed_copy_is_caught(tmp_path, old, new):
+    changed = BLOCK.replace(old, new)
+    assert changed != BLOCK
+    write(tmp_path, {"lesson_01/model.py": BLOCK, "lesson_02/model.py": "import math\n\n\n" + COPY + changed})
+    assert any(line.startswith("lesson_02/model.py:4: Block differs from lesson_01/model.py: Block: run `python")
+               for line in check(tmp_path))
+
+
+def test_a_copy_of_a_copy_names_the_first_owner(tmp_path):
+    files = {"lesson_01/model.py": BLOCK, "lesson_02/model.py": COPY + BLOCK,
+             "lesson_03/model.py": COPY.replace("01", "02") + BLOCK}
+    only(problems(tmp_path, files), "lesson_03/model.py:1:", "a copy: name its first owner, lesson_01/model.py: Block")
+
+
+def test_a_method_of_a_copied_class_is_a_copy_too(tmp_path):
+    other = ("class Other:\n    # Copied from lesson_02/model.py: Block.forward\n"
+             "    @staticmethod\n    def forward(x):\n        return x + 1\n")
+    files = {"lesson_01/model.py": BLOCK, "lesson_02/model.py": COPY + BLOCK, "lesson_03/model.py": other}
+    only(problems(tmp_path, files), "lesson_03/model.py:2:", "first owner, lesson_01/model.py: Block.forward")
+    (tmp_path / "lesson_03/model.py").write_text(other.replace("lesson_02", "lesson_01"))
+    sync(tmp_path)
+    assert check(tmp_path) == []
+
+
+def test_two_copies_of_each_other_are_caught(tmp_path):
+    files = {"lesson_01/model.py": COPY.replace("01", "02") + BLOCK, "lesson_02/model.py": COPY + BLOCK}
+    assert len(problems(tmp_path, files)) == 2
+
+
+@pytest.mark.parametrize("marker, message", [
+    ("# Copied from lesson_01/model.py: Blok", "there is no lesson_01/model.py: Blok"),
+    ("# Copied from lesson_07/model.py: Block", "there is no lesson_07/model.py: Block"),
+    ("# Copied from lesson_02/train.py: Block", "is in the same lesson: import it"),
+    ("# Copied from lesson_01/model.py: net", "under another name: call it net"),
+    ("# Copied from lesson_01/model.py: Block -- smaller", "gives a reason"),
+    ("# Adapted from lesson_01/model.py: Block -- smaller", "Block equals lesson_01/model.py: Block: write `# Copied"),
+    ("# copied from lesson_01/model.py: Block", "this marker cannot be used"),
+    ("# Copied from lesson_01/model.py", "this marker cannot be used"),
+    (COPY + COPY.strip(), "this marker cannot be used"),
+    (COPY + "\nwidth = 3\n\n", "this marker cannot be used"),
+])
+def test_a_marker_that_means_nothing_is_caught(tmp_path, marker, message):
+    files = {"lesson_01/model.py": BLOCK + "\n\n" + NET, "lesson_02/train.py": "class Block:\n    pass\n",
+             "lesson_02/model.py": f"{marker}\n{BLOCK}"}
+    assert any("lesson_02/model.py:" in line and message in line for line in problems(tmp_path, files))
+
+
+def test_a_credit_to_others_is_no_marker(tmp_path):
+    assert problems(tmp_path, {"lesson_01/model.py": "# Adapted from the authors' code.\n" + BLOCK}) == []
+
+
+def test_sync_rewrites_copies_after_the_origin_improved(tmp_path):
+    method = ("class Other:\n    a = 1\n\n    # Sec. 3\n    # Copied from lesson_01/model.py: Block.forward\n"
+              "    @staticmethod\n    def forward(x):\n        return x + 1\n\n    b = 2\n")
+    files = {"lesson_01/model.py": BLOCK, "lesson_02/model.py": f"import math\n\n{COPY}{BLOCK}\n\nz = math.pi\n",
+             "lesson_03/model.py": method}
+    assert problems(tmp_path, files) == []
+    better = BLOCK.replace("return x + 1", "x = x + 1\n        return 2 * x").replace("A block", "A better block")
+    write(tmp_path, {"lesson_01/model.py": better})
+    assert len([line for line in check(tmp_path) if "differs from" in line]) == 2
+    done = sync(tmp_path)
+    assert "lesson_02/model.py:4: Block rewritten from lesson_01/model.py: Block" in done
+    assert (tmp_path / "lesson_02/model.py").read_text() == f"import math\n\n{COPY}{better}\n\nz = math.pi\n"
+    assert (tmp_path / "lesson_03/model.py").read_text() == method.replace(
+        "        return x + 1\n", "        # add one\n        x = x + 1\n        return 2 * x\n")
+    assert check(tmp_path) == []
+    assert sync(tmp_path) == []
+
+
+def test_sync_rewrites_a_file_that_is_origin_and_copy_at_once(tmp_path):
+    other = "def other(x):\n    return x\n"
+    files = {"lesson_01/model.py": BLOCK, "lesson_02/model.py": f"{COPY}{BLOCK}\n\n{other}",
+             "lesson_03/model.py": "# Copied from lesson_02/model.py: other\n" + other}
+    assert problems(tmp_path, files) == []
+    write(tmp_path, {"lesson_01/model.py": BLOCK.replace("depth = 2", "depth = 2\n        self.more = 3"),
+                     "lesson_02/model.py": f"{COPY}{BLOCK}\n\n{other}".replace("return x\n", "return -x\n")})
+    sync(tmp_path)
+    assert check(tmp_path) == []
+    assert "return -x" in (tmp_path / "lesson_03/model.py").read_text()
+
+
+def test_sync_rewrites_several_copies_in_one_file(tmp_path):
+    first, second = function(5, "a"), function(5, "b")
+    copies = f"# Copied from lesson_01/model.py: a\n{first}\n\n# Copied from lesson_01/model.py: b\n{second}"
+    write(tmp_path, {"lesson_01/model.py": function(9, "a") + function(3, "b"), "lesson_02/model.py": copies})
+    sync(tmp_path)
+    assert check(tmp_path) == []
+    assert (tmp_path / "lesson_02/model.py").read_text() == copies.replace(first, function(9, "a")).replace(
+        second, function(3, "b"))
+
+
+def test_sync_leaves_a_copy_of_a_copy_alone(tmp_path):
+    other = COPY.replace("01", "02") + BLOCK.replace("depth = 2", "depth = 3")
+    problems(tmp_path, {"lesson_01/model.py": BLOCK, "lesson_02/model.py": COPY + BLOCK, "lesson_03/model.py": other})
+    assert (tmp_path / "lesson_03/model.py").read_text() == other
+
+
+def test_markers_inside_a_copied_class_came_with_it(tmp_path):
+    own = "class A:\n    # Adapted from lesson_01/model.py: net -- a method\n    def net(self):\n        return self\n"
+    files = {"lesson_01/model.py": NET, "lesson_02/model.py": own,
+             "lesson_03/model.py": "# Copied from lesson_02/model.py: A\n" + own}
+    assert problems(tmp_path, files) == []
+    lock = (tmp_path / "lineage.lock").read_text()
+    assert "lesson_02/model.py: A.net <- lesson_01/model.py: net " in lock and "lesson_03" not in lock
+
+
+def test_sync_changes_nothing_while_a_file_cannot_be_read(tmp_path, capsys):
+    write(tmp_path, {"lesson_01/model.py": NET, "lesson_02/model.py": ADAPTED + WIDER})
+    sync(tmp_path)
+    lock = (tmp_path / "lineage.lock").read_text()
+    write(tmp_path, {"lesson_02/model.py": "def broken(:\n"})
+    assert main(["sync"], tmp_path) == 1
+    assert "lesson_02/model.py:1: is not Python" in capsys.readouterr().out
+    assert (tmp_path / "lineage.lock").read_text() == lock
+
+
+# ------------------------------------------------------------------------------------------------ adaptations
+def test_a_missing_reason_is_caught(tmp_path):
+    files = {"lesson_01/model.py": NET, "lesson_02/model.py": ADAPTED.partition(" --")[0] + "\n" + WIDER}
+    only(problems(tmp_path, files), "lesson_02/model.py:1: net does not say what was adapted: add ` -- REASON`")
+
+
+def test_a_new_adaptation_is_pinned_and_a_stale_one_asks_for_a_look(tmp_path, capsys):
+    write(tmp_path, {"lesson_01/model.py": NET, "lesson_02/model.py": ADAPTED + WIDER})
+    assert any("net is not pinned" in line for line in check(tmp_path))
+    assert main(["sync"], tmp_path) == 0
+    assert check(tmp_path) == []
+
+    write(tmp_path, {"lesson_01/model.py": NET.replace("A network", "Words")})      # a docstring is no change
+    assert check(tmp_path) == []
+    write(tmp_path, {"lesson_01/model.py": NET.replace("x * width", "x / width")})
+    only(check(tmp_path), "lesson_02/model.py:1: lesson_01/model.py: net changed",
+         "sync --accept lesson_02/model.py:net`")
+    assert main(["sync"], tmp_path) == 1                               # a plain sync does not pin it
+    assert main(["sync", "--accept", "lesson_02/model.py:net"], tmp_path) == 0
+    assert check(tmp_path) == []
+    capsys.readouterr()
+
+
+def test_a_pin_without_its_marker_is_dropped(tmp_path):
+    assert problems(tmp_path, {"lesson_01/model.py": NET, "lesson_02/model.py": ADAPTED + WIDER}) == []
+    write(tmp_path, {"lesson_02/model.py": WIDER})
+    assert any(line.startswith("lineage.lock:2:") and "belongs to no marker" in line for line in check(tmp_path))
+    sync(tmp_path)
+    assert check(tmp_path) == []
+
+
+def test_a_long_reason_goes_on_in_the_next_line(tmp_path):
+    marker = "# Adapted from lesson_01/model.py: net -- one more\n#   input (Sec. 2)\n# Eq. (3)\n"
+    assert problems(tmp_path, {"lesson_01/model.py": NET, "lesson_02/model.py": marker + WIDER}) == []
+    assert ": one more input (Sec. 2) |" in (tmp_path / "lesson_02/README.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ twins
+def function(lines, name="f", indent=""):
+    """A function of that many lines of code, with some that do not count."""
+    body = ["    # a comment", ""] + [f"    x = x + {i}" for i in range(lines - 2)] + ["    return x"]
+    lines = [f"def {name}(x):", '    """Words.', '    """', *body]
+    return "\n".join(indent + line if line else "" for line in lines) + "\n"
+
+
+def test_an_unmarked_twin_of_eight_lines_is_caught_and_one_of_seven_is_not(tmp_path):
+    files = {"lesson_01/model.py": function(7), "lesson_02/model.py": function(7)}
+    assert problems(tmp_path, files) == []
+    files = {"lesson_01/model.py": function(8), "lesson_02/model.py": "\n" + function(8)}
+    only(problems(tmp_path, files), "lesson_02/model.py:2: f equals lesson_01/model.py: f (8 lines): "
+         "write `# Copied from lesson_01/model.py: f`")
+
+
+@pytest.mark.parametrize("first, second, message", [
+    (function(8), "class B:\n" + function(8, indent="    "), "B.f equals lesson_01/model.py: f "),
+    ("class A:\n    a = 1\n" + function(8, indent="    "), "class B:\n" + function(8, indent="    "), "B.f equals"),
+    ("class A:\n" + function(8, indent="    "), "class A:\n" + function(8, indent="    "), "A equals"),
+    (function(8), function(8, "g"), "g equals lesson_01/model.py: f (8 lines): call it f and write"),
+    (function(8), "# Adapted from lesson_01/model.py: h -- more\n" + function(8), "f equals lesson_01/model.py: f "),
+])
+def test_twins_among_methods_and_under_other_names_are_caught(tmp_path, first, second, message):
+    files = {"lesson_01/model.py": first + "\n\ndef h(x):\n    return x\n", "lesson_02/model.py": second}
+    only(problems(tmp_path, files), message)
+
+
+def test_an_adaptation_that_equals_its_origin_is_reported_once(tmp_path):
+    marker = "# Adapted from lesson_01/model.py: f -- more\n"
+    files = {"lesson_01/model.py": function(8), "lesson_02/model.py": marker + function(8)}
+    only(problems(tmp_path, files), "lesson_02/model.py:1: f equals")
+
+
+def test_twins_in_scripts_and_sublessons_are_caught_and_in_one_lesson_are_not(tmp_path):
+    files = {"lesson_01/train.py": function(8, "main"), "lesson_01/sample.py": function(8, "main")}
+    assert problems(tmp_path, files) == []
+    files["lesson_01/sublesson_a/train.py"] = function(8, "main")
+    only(problems(tmp_path, files), "lesson_01/sublesson_a/train.py:1: main equals lesson_01/")
+
+
+def test_what_an_adapted_class_keeps_needs_no_marker(tmp_path):
+    first = "class A:\n    a = 1\n\n" + function(9, indent="    ")
+    files = {"lesson_01/model.py": first,
+             "lesson_02/model.py": "# Adapted from lesson_01/model.py: A -- a\n" + first.replace("a = 1", "a = 2"),
+             "lesson_03/model.py": "# Adapted from lesson_02/model.py: A -- a\n" + first.replace("a = 1", "a = 3")}
+    assert problems(tmp_path, files) == []
+
+
+# ------------------------------------------------------------------------------------------------ imports
+@pytest.mark.parametrize("path, line, message", [
+    ("lesson_01/model.py", "from utils import EMA", "imports utils: model.py may import"),
+    ("lesson_01/model.py", "import torchvision", "imports torchvision: model.py may import"),
+    ("lesson_01/model.py", "from lesson_02.model import Block", "imports lesson_02: model.py may import"),
+    ("lesson_01/model.py", "def f():\n    import scipy.linalg", "imports scipy: model.py may import"),
+    ("lesson_01/train.py", "from lesson_02.model import Block", "imports lesson_02: copy what you need"),
+    ("lesson_01/sample.py", "import tools.lineage", "only tools and tests may"),
+    ("lesson_01/reproduce.py", "from ..lesson_02 import model", "relative import"),
+    ("lesson_01/extra.py", "import sys\nsys.path.insert(0, '..')", "touches sys.path"),
+    ("lesson_01/sublesson_a/train.py", "from sys import path", "touches sys.path"),
+    ("utils/run.py", "import sys\nsys.path += ['..']", "touches sys.path"),
+    ("utils/run.py", "import lesson_01.model", "a lesson's code"),
+    ("utils/deep/run.py", "from model import DDPM", "a lesson's code"),
+    ("utils/run.py", "from tools import lineage", "only tools and tests may"),
+])
+def test_forbidden_imports_are_caught(tmp_path, path, line, message):
+    found = problems(tmp_path, {"lesson_01/model.py": "", path: line + "\n"})
+    only(found, f"{path}:{line.count(chr(10)) + 1}: ", message)
+
+
+def test_allowed_imports_pass(tmp_path):
+    files = {"lesson_01/model.py": "import math\nimport numpy as np\nimport torch.nn.functional as F\n"
+                                   "from einops import rearrange\nfrom torch import nn\n",
+             "lesson_01/train.py": "import sys\nimport matplotlib\nfrom model import net\nfrom utils import EMA\n",
+             "utils/__init__.py": "import os.path\nfrom .run import Run\nfrom .model import x\n",
+             "tools/a.py": "import utils\nfrom tools import b\nimport sys\nsys.path\n"}
+    assert problems(tmp_path, files) == []
+
+
+# ------------------------------------------------------------------------------------------------ README
+def test_the_table_is_filled_and_a_stale_one_is_caught(tmp_path):
+    new = 'def step(x):\n    """x_s | x_t, Eq. (12),\n    in one step.\n\n    More.\n    """\n    return x\n'
+    write(tmp_path, {"lesson_01/model.py": f"{BLOCK}\n\n{NET}",
+                     "lesson_02/model.py": f"{COPY}{BLOCK}\n\n{ADAPTED}{WIDER}\n\n{new}"})
+    assert any(line.startswith("lesson_02/README.md:7: the table of what is new is stale") for line in check(tmp_path))
+    sync(tmp_path)
+    assert check(tmp_path) == []
+    readme = (tmp_path / "lesson_02/README.md").read_text()
+    assert readme == f"""# A lesson
+
+## What is new since lesson 01
+
+Text.
+
+{lineage.START}
+| | file | definition | |
+|---|---|---|---|
+| **new** | `model.py` | `step` | x_s \\| x_t, Eq. (12), in one step. |
+| adapted | `model.py` | `net` | from [lesson_01](../lesson_01/model.py): one more input (Sec. 2) |
+| copied | `model.py` | `Block` | from [lesson_01](../lesson_01/model.py) |
+{lineage.END}
+
+## After
+"""
+    (tmp_path / "lesson_02/README.md").write_text(readme.replace("one more", "two more"))
+    only(check(tmp_path), "stale")
+
+
+def test_a_lesson_with_a_parent_needs_the_section_and_a_root_lesson_does_not(tmp_path):
+    write(tmp_path, {"lesson_01/model.py": NET, "lesson_01/README.md": "# One\n",
+                     "lesson_02/model.py": WIDER, "lesson_02/README.md": "# Two\n"})
+    only(check(tmp_path), "lesson_02/README.md:1: needs a section `## What is new since lesson 01`")
+    (tmp_path / "lesson_02/README.md").write_text(f"## What is new since lesson 01a\n{lineage.START}\n{lineage.END}\n")
+    only(check(tmp_path), "lesson_02/README.md:2:", "call it `## What is new since lesson 01`")
+
+
+def test_a_lesson_whose_parent_is_planned_is_all_new(tmp_path):
+    lessons = [entry("01", state="planned"), entry("02", "01")]
+    assert problems(tmp_path, {"lesson_02/model.py": NET + "\n\n" + BLOCK}, lessons) == []
+    readme = (tmp_path / "lesson_02/README.md").read_text()
+    assert "Lesson 01 is not written yet" in readme
+    assert "| **new** | `model.py` | `net` | A network. |" in readme and "`Block` | A block. |" in readme
+    write(tmp_path, {}, [entry("01"), entry("02", "01")])
+    only(check(tmp_path), "stale")
+
+
+def test_an_unregistered_folder_is_caught(tmp_path):
+    only(problems(tmp_path, {"lesson_09/model.py": NET}), "lesson_09 is not in the register")
+
+
+# ------------------------------------------------------------------------------------------------ diff, tree
+PAIR = {"lesson_01/model.py": f"{BLOCK}\n\n{NET}\n\ndef old(x):\n    return x\n",
+        "lesson_02/model.py": f"{COPY}{BLOCK}\n\n{ADAPTED}{WIDER}\n\nclass New:\n"
+                              "    # Copied from lesson_01/model.py: Block.forward\n    @staticmethod\n"
+                              "    def forward(x):\n        return x + 1\n"}
+DIFF = """lesson_02, Name02: what is new since lesson_01, Name01
+
+lesson_02/model.py
+  = Block   as in lesson_01/model.py
+  ~ net   from lesson_01/model.py: net: one more input (Sec. 2)
+    - def net(x, width=4):
+    -     \"""A network.\"""
+    -     x = x * width
+    + def net(x, y, width=4):
+    +     x = x * width + y
+          return x
+  + New   new
+    + class New:
+    +     = forward   as in lesson_01/model.py: Block.forward
+  - old   left out
+"""
+
+
+@pytest.mark.parametrize("name", ["02", "2", "lesson_02", "lesson_02/", "./lesson_02"])
+def test_diff_of_a_small_pair(tmp_path, capsys, name):
+    write(tmp_path, PAIR)
+    assert main(["diff", name], tmp_path) == 0
+    assert capsys.readouterr().out == DIFF
+
+
+def test_diff_is_coloured_on_a_terminal_only(tmp_path, capsys, monkeypatch):
+    write(tmp_path, PAIR)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    main(["diff", "02"], tmp_path)
+    out = capsys.readouterr().out
+    assert "\033[31m    -     x = x * width\033[0m\n" in out and "\033[32m    +     x = x * width + y\033[0m\n" in out
+
+
+def test_diff_names_the_function_around_a_hunk(tmp_path, capsys):
+    long = "class A:\n" + function(12, "f", "    ") + "\n" + function(12, "g", "    ")
+    write(tmp_path, {"lesson_01/model.py": long, "lesson_02/model.py":
+                     "# Adapted from lesson_01/model.py: A -- more\n" + long.replace("x + 9", "x + 99")})
+    main(["diff", "02"], tmp_path)
+    out = capsys.readouterr().out
+    assert "    ... def f(x):" in out and "    ... def g(x):" in out and "@@" not in out
+    assert out.count("\n    +") == 2
+
+
+@pytest.mark.parametrize("name", ["01a", "1a", "lesson_01a", "lesson_01/sublesson_a"])
+def test_diff_accepts_every_name_of_a_sublesson(tmp_path, capsys, name):
+    write(tmp_path, {"lesson_01/model.py": NET, "lesson_01/sublesson_a/model.py": NET})
+    assert main(["diff", name], tmp_path) == 0
+    assert "  = net   as in lesson_01/model.py" in capsys.readouterr().out
+
+
+def test_diff_without_the_parent_says_so(tmp_path, capsys):
+    write(tmp_path, {"lesson_01/model.py": NET, "lesson_03/model.py": NET})
+    main(["diff", "03"], tmp_path)
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "lesson_03, Name03: what is new since lesson_02, Name02",
+        "Its parent, lesson 02, is not written yet: compared with an empty file."]
+    main(["diff", "01"], tmp_path)
+    assert capsys.readouterr().out.splitlines()[:6] == [
+        "lesson_01, Name01", "It has no parent: compared with an empty file.", "", "lesson_01/model.py",
+        "  + net   new", "    + def net(x, width=4):"]
+
+
+def test_diff_counts_a_renamed_adaptation_as_kept(tmp_path, capsys):
+    write(tmp_path, {"lesson_01/model.py": NET, "lesson_02/model.py": ADAPTED + WIDER.replace("net", "wide")})
+    main(["diff", "02"], tmp_path)
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_tree(tmp_path, capsys):
+    write(tmp_path, {})
+    assert main(["tree"], tmp_path) == 0
+    assert capsys.readouterr().out == """01 Name01, 2020-06  [ready]
+├─ 02 Name02, 2020-06  [ready]
+│  └─ 03 Name03, 2020-06  [ready]  (also from 01)
+└─ 01a Name01a, 2020-06
+"""
+
+
+def test_mermaid(tmp_path, capsys):
+    graph = mermaid([*LESSONS[:3], {**LESSONS[3], "name": 'A "b"'}], "https://example.org/tree/main/")
+    assert graph.splitlines() == [
+        "graph LR", '  L01["01 Name01"]', '  L02["02 Name02"]', '  L03["03 Name03"]', '  L01a["01a A #quot;b#quot;"]',
+        "  L01 --> L02", "  L02 --> L03", "  L01 -.-> L03", "  L01 --> L01a",
+        '  click L01 "https://example.org/tree/main/lesson_01"', '  click L02 "https://example.org/tree/main/lesson_02"',
+        '  click L03 "https://example.org/tree/main/lesson_03"',
+        "  classDef ready fill:#cdeac0,stroke:#2f6b2f,color:#102a10", "  class L01,L02,L03 ready"]
+    write(tmp_path, {})
+    main(["tree", "--mermaid"], tmp_path)
+    assert capsys.readouterr().out == mermaid(LESSONS) + "\n"
+    assert "class" not in mermaid([entry("01", state="planned")])
+
+
+# ------------------------------------------------------------------------------------------------ command line
+@pytest.mark.parametrize("argv", [[], ["nothing"], ["diff"], ["diff", "77"], ["diff", "02"], ["diff", "x"],
+                                  ["check", "x"], ["sync", "--accept", "lesson_01/model.py:net"]])
+def test_bad_usage_is_one_line_and_exit_code_2(tmp_path, capsys, argv):
+    write(tmp_path, {"lesson_01/model.py": NET})
+    assert main(argv, tmp_path) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("register", [None, "- a: [\n"])
+def test_a_missing_or_broken_register_is_one_line(tmp_path, capsys, register):
+    if register:
+        (tmp_path / "lessons.yaml").write_text(register)
+    assert main(["tree"], tmp_path) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_check_fails_with_exit_code_1(tmp_path, capsys):
+    write(tmp_path, {"lesson_01/model.py": "import utils\n"})
+    assert main(["check"], tmp_path) == 1
+    assert capsys.readouterr().out.startswith("lesson_01/model.py:1: imports utils")
+
+
+def test_this_repository_is_in_order():
+    assert check(ROOT) == []
+
+
+def test_the_command_runs():
+    done = subprocess.run([sys.executable, "-m", "tools.lineage", "tree"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "05 DDPM" in done.stdout

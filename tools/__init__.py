@@ -1,0 +1,1 @@
+"""What keeps the house in order: lineage, notebooks, the front page, judges, benchmarks."""

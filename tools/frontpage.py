@@ -1,0 +1,212 @@
+"""Write the generated parts of README.md from lessons.yaml and the published results.
+
+    python -m tools.frontpage            rewrite the parts between the markers
+    python -m tools.frontpage --check    change nothing; exit 1 when README.md is stale
+    python -m tools.frontpage --stale    list results measured with code that has changed since
+
+A generated part stands between `<!-- frontpage:NAME:start -->` and `<!-- frontpage:NAME:end -->`;
+NAME is `lessons`, `roadmap` or `map`. Everything outside the markers is left alone.
+"""
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+from tools.lineage import mermaid
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The repository on GitHub. The links to Colab and those in the map are made from it; a fork changes it here.
+REPOSITORY = "zero-to-hero/diffusion-models"
+
+NOTHING = "—"
+NOT_MEASURED = "not yet measured"
+
+
+def number_key(number):
+    """Sort key of a lesson number: "05" < "05a" < "06"."""
+    digits, letter = re.fullmatch(r"(\d+)([a-z]?)", number).groups()
+    return int(digits), letter
+
+
+def load_lessons(root=ROOT):
+    """The entries of lessons.yaml in the order of their numbers."""
+    entries = yaml.safe_load((root / "lessons.yaml").read_text(encoding="utf-8"))
+    return sorted(entries, key=lambda lesson: number_key(lesson["number"]))
+
+
+def load_results(root, folder):
+    """What a lesson has published in results/results.json; empty when there is no such file."""
+    path = root / folder / "results" / "results.json"
+    if not path.exists():
+        return {}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"{folder}/results/results.json is not valid JSON: {error}") from None
+    if not isinstance(results, dict):
+        raise SystemExit(f"{folder}/results/results.json must hold one JSON object")
+    return results
+
+
+def table(header, rows):
+    """A Markdown table."""
+    def line(cells):
+        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
+
+
+def title_link(lesson):
+    """The title, linked to the paper where there is one."""
+    return f"[{lesson['title']}]({lesson['paper']})" if lesson["paper"] else lesson["title"]
+
+
+def animation(root, lesson):
+    """The picture of the denoising trajectory, linked to the lesson."""
+    folder = lesson["folder"]
+    gif = f"{folder}/results/denoising.gif"
+    if not (root / gif).exists():
+        return NOTHING
+    return f'<a href="{folder}"><img src="{gif}" width="84" alt="{lesson["name"]}: noise becomes digits"></a>'
+
+
+def colab_badge(root, lesson):
+    """The badge that opens the lesson's notebook in Colab."""
+    notebook = f"{lesson['folder']}/notebook.ipynb"
+    if not (root / notebook).exists():
+        return NOTHING
+    link = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/{notebook}"
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
+
+
+def headline(results):
+    """The lesson's result in one phrase: its `headline`, else the scored samples with the lowest FID."""
+    if results.get("headline"):
+        return results["headline"]
+    scored = [entry for name, entry in results.items() if name.startswith("sample") and isinstance(entry, dict)
+              and all(entry.get(key) is not None for key in ("fid", "fid_floor", "n", "nfe"))]
+    if not scored:
+        return NOTHING
+    best = min(scored, key=lambda entry: entry["fid"])
+    return (f"FID {best['fid']:.2f} (floor {best['fid_floor']:.2f}; n = {best['n']:,}; "
+            f"{best['nfe']:,} network calls)")
+
+
+def minutes(entry):
+    """Minutes and device of one training entry: "9.3 (2 CPU cores)"."""
+    if not isinstance(entry, dict) or entry.get("minutes") is None:
+        return None
+    device = f" ({entry['device']})" if entry.get("device") else ""
+    return f"{entry['minutes']:.4g}{device}"
+
+
+def t4_minutes(entry):
+    """Minutes on a T4. Another GPU's minutes do not belong in that column."""
+    measured = minutes(entry)
+    if measured is None or "T4" not in entry.get("device", "T4"):
+        return NOT_MEASURED
+    return f"{entry['minutes']:.4g}"
+
+
+def lessons_table(root=ROOT):
+    """The finished lessons in order of date."""
+    ready = [lesson for lesson in load_lessons(root) if lesson["state"] == "ready"]
+    if not ready:
+        return "No lesson is finished yet."
+    rows = []
+    for lesson in sorted(ready, key=lambda lesson: lesson["date"] or ""):
+        results = load_results(root, lesson["folder"])
+        rows.append([
+            lesson["number"],
+            lesson["date"] or NOTHING,
+            f"**{lesson['name']}**",
+            title_link(lesson),
+            animation(root, lesson),
+            headline(results),
+            minutes(results.get("train")) or NOTHING,
+            t4_minutes(results.get("train_gpu")),
+            f"[{lesson['folder']}]({lesson['folder']})",
+            colab_badge(root, lesson),
+        ])
+    return table(["Lesson", "Date", "Name", "Paper", "Sampling", "Result", "Minutes to train",
+                  "Minutes on a T4", "Folder", "Notebook"], rows)
+
+
+def roadmap_table(root=ROOT):
+    """The planned lessons in order of number."""
+    planned = [lesson for lesson in load_lessons(root) if lesson["state"] == "planned"]
+    if not planned:
+        return "Every lesson is finished."
+    rows = [[lesson["number"], lesson["date"] or NOTHING, lesson["name"], title_link(lesson), lesson["teaches"]]
+            for lesson in planned]
+    return table(["Lesson", "Date", "Name", "Paper", "What it teaches"], rows)
+
+
+def field_map(root=ROOT):
+    """The tree of lessons as a Mermaid diagram. GitHub draws it in a frame where relative links lead nowhere."""
+    base = f"https://github.com/{REPOSITORY}/tree/main/"
+    return f"```mermaid\n{mermaid(load_lessons(root), base)}\n```"
+
+
+PARTS = {"lessons": lessons_table, "roadmap": roadmap_table, "map": field_map}
+
+
+def render(text, root=ROOT):
+    """The text of README.md with every generated part written anew."""
+    for name, make in PARTS.items():
+        start, end = f"<!-- frontpage:{name}:start -->", f"<!-- frontpage:{name}:end -->"
+        if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+            raise SystemExit(f"README.md needs {start} and after it {end}, each once")
+        before, rest = text.split(start)
+        after = rest.split(end)[1]
+        text = f"{before}{start}\n\n{make(root)}\n\n{end}{after}"
+    return text
+
+
+def stale_results(root=ROOT, code_hash=None):
+    """One line for each entry of a results.json that was measured with other code than today's."""
+    if code_hash is None:
+        from utils import code_hash
+    lines = []
+    for lesson in load_lessons(root):
+        for name, entry in load_results(root, lesson["folder"]).items():
+            if not isinstance(entry, dict) or "code" not in entry:
+                continue
+            present = code_hash(root / lesson["folder"], entry.get("script"))    # model.py and the script that ran
+            if entry["code"] != present:
+                lines.append(f"{lesson['folder']}/results/results.json: '{name}' was measured with code "
+                             f"{entry['code']}, the code is now {present}")
+    return lines
+
+
+def main(argv=None, root=ROOT):
+    parser = argparse.ArgumentParser(prog="python -m tools.frontpage", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--check", action="store_true", help="change nothing; exit 1 when README.md is stale")
+    which.add_argument("--stale", action="store_true", help="list results measured with other code; exit 1 if any")
+    args = parser.parse_args(argv)
+
+    if args.stale:
+        lines = stale_results(root)
+        print("\n".join(lines) if lines else "every recorded result belongs to the present code")
+        return 1 if lines else 0
+
+    readme = root / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = render(old, root)
+    if args.check:
+        if old != new:
+            print("README.md is stale: run `python -m tools.frontpage`", file=sys.stderr)
+        return int(old != new)
+    if old != new:
+        readme.write_text(new, encoding="utf-8")
+    print("README.md rewritten" if old != new else "README.md is up to date")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

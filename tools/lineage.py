@@ -1,0 +1,555 @@
+"""Keep self-contained lessons from drifting apart, and show what each one adds.
+
+    python -m tools.lineage check              every rule below; one line for each breach
+    python -m tools.lineage sync               rewrite copies after their origin improved, pin new adaptations,
+                                               fill the table of what is new in each README
+    python -m tools.lineage sync --accept lesson_09/model.py:UNet
+                                               pin the changed origin of UNet, after a look at both
+    python -m tools.lineage diff lesson_09     what the lesson adds to its parent (also: 09, 05a, lesson_05a)
+    python -m tools.lineage tree [--mermaid]   the tree of lessons in lessons.yaml
+
+A definition (function, class or method) that another lesson introduced says so in the comment right above it:
+
+    # Copied from lesson_05/model.py: ResBlock
+    # Adapted from lesson_05/model.py: UNet -- adds a class embedding (Sec. 2)
+
+A copy equals its origin as a syntax tree, docstrings and comments aside; its origin is the first owner. An
+adaptation gives its reason after `--` (a long one goes on in lines that start with `#   `), and the origin's
+hash is kept in lineage.lock, so that a change there asks for a second look here. Equal definitions of eight
+lines or more without a marker are an error, and so is an import across the borders between lessons, utils and tools.
+"""
+import argparse
+import ast
+import difflib
+import hashlib
+import io
+import itertools
+import os
+import re
+import sys
+import tokenize
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("model.py", "train.py", "sample.py", "reproduce.py")
+KINDS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+TWIN_LINES = 8                          # equal definitions need a marker from this many lines of code on
+MODEL_IMPORTS = {"torch", "einops", "numpy", *sys.stdlib_module_names}
+LOCK = "lineage.lock"                   # one line for each adaptation: "adapted <- origin hash"
+START, END = "<!-- lineage:start -->", "<!-- lineage:end -->"
+MARKER = re.compile(r"# (Copied|Adapted) from (lesson_\d+(?:/sublesson_[a-z])?/\w+\.py): (\w+(?:\.\w+)?)(?: -- (.+))?")
+LIKE_A_MARKER = re.compile(r"#+\W*(copied|adapted)\s+from\W+lesson", re.IGNORECASE)
+SYNC = "run `python -m tools.lineage sync`"
+
+
+class Mistake(Exception):
+    """Something that keeps a command from running: one line, exit code 2."""
+
+
+# --- reading the lessons ---------------------------------------------------------------------------------------
+@dataclass(eq=False)
+class Definition:
+    path: str                           # lesson_05/model.py
+    name: str                           # UNet, or DDPM.q_sample for a method
+    node: ast.AST
+    lines: list                         # of the whole file
+    owner: "Definition | None"          # the class of a method
+    size: int = 0                       # lines of code: no docstrings, comments or blank lines
+    kind: str = ""                      # of its marker: "Copied", "Adapted" or, without one, empty
+    origin: str = ""                    # label of the definition that the marker names
+    reason: str = ""
+    rows: range = range(0)              # the marker's lines in the file, counted from 1
+
+    def __post_init__(self):
+        self.label, self.lesson, self.short = f"{self.path}: {self.name}", self.path.rpartition("/")[0], self.node.name
+        self.first = min([self.node.lineno, *(decorator.lineno for decorator in self.node.decorator_list)])
+        self.last = self.node.end_lineno
+        self.code = dump(self.node)
+        self.hash = hashlib.sha256(self.code.encode()).hexdigest()[:8]
+
+
+@dataclass
+class House:
+    root: Path
+    lessons: list                       # the entries of lessons.yaml
+    folders: list                       # of the lessons that exist
+    defs: dict = field(default_factory=dict)            # label: Definition
+    problems: list = field(default_factory=list)        # (path, line, what could not be read)
+
+    def parent(self, lesson):
+        return next((entry for entry in self.lessons if entry["number"] in lesson["parents"][:1]), None)
+
+
+def docstring(node):
+    """The statement that is a definition's docstring, or None."""
+    return node.body[0] if isinstance(node, KINDS) and ast.get_docstring(node, clean=False) is not None else None
+
+
+def dump(node):
+    """A syntax tree as text without docstrings and positions, the same on every version of Python."""
+    if isinstance(node, list):
+        return "[" + ", ".join(map(dump, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node), **({"body": node.body[1:]} if docstring(node) else {}))
+    inside = (f"{name}={dump(value)}" for name, value in fields.items() if value not in (None, []) and name != "kind")
+    return f"{type(node).__name__}({', '.join(inside)})"
+
+
+def load_lessons(root):
+    """The entries of lessons.yaml."""
+    try:
+        return yaml.safe_load((root / "lessons.yaml").read_text(encoding="utf-8")) or []
+    except FileNotFoundError:
+        raise Mistake(f"there is no lessons.yaml in {root}") from None
+    except yaml.YAMLError as error:
+        raise Mistake(f"lessons.yaml: {' '.join(str(error).split())}") from None
+
+
+def load(root):
+    """Read every lesson under `root`."""
+    files = [*root.glob("lesson_*/*.py"), *root.glob("lesson_*/sublesson_*/*.py")]
+    house = House(root, load_lessons(root), sorted({file.parent.relative_to(root).as_posix() for file in files}))
+    for folder, name in itertools.product(house.folders, FILES):
+        if (root / folder / name).exists():
+            read_file(house, f"{folder}/{name}")
+    return house
+
+
+def parse(house, path):
+    """(text, tree) of a file; a file that does not parse is a problem and counts as empty."""
+    text = (house.root / path).read_text(encoding="utf-8")
+    try:
+        return text, ast.parse(text)
+    except SyntaxError as error:
+        house.problems.append((path, error.lineno or 1, f"is not Python: {error.msg}"))
+        return "", ast.parse("")
+
+
+def definitions(tree):
+    """(node, class or None) of every function, class and method in a module, in order."""
+    for node in tree.body:
+        if isinstance(node, KINDS):
+            yield node, None
+            if isinstance(node, ast.ClassDef):
+                yield from ((inner, node) for inner in node.body if isinstance(inner, KINDS))
+
+
+def read_file(house, path):
+    """Add the definitions of one file, with their markers, to the house."""
+    text, tree = parse(house, path)
+    lines, comments, code = text.splitlines(), {}, set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string
+        elif token.string.strip():
+            code.update(range(token.start[0], token.end[0] + 1))
+
+    unused = {row for row, comment in comments.items() if LIKE_A_MARKER.match(comment)}
+    for node, owner in definitions(tree):
+        d = Definition(path, f"{owner.name}.{node.name}" if owner else node.name, node, lines,
+                       house.defs[f"{path}: {owner.name}"] if owner else None)
+        if d.label in house.defs:                               # a property's setter: it goes with its class
+            continue
+        house.defs[d.label] = d
+        docs = {row for doc in map(docstring, ast.walk(node)) if doc for row in range(doc.lineno, doc.end_lineno + 1)}
+        d.size = len({row for row in code - docs if d.first <= row <= d.last})
+        row = d.first - 1
+        while row in comments and row not in code:              # up through the comment right above it
+            if (match := MARKER.fullmatch(comments[row])) and not d.kind:
+                d.kind, d.origin, d.reason, end = match[1], f"{match[2]}: {match[3]}", match[4] or "", row + 1
+                while d.reason and end < d.first and re.match(r"#  +\S", comments[end]):
+                    d.reason, end = f"{d.reason} {comments[end][1:].strip()}", end + 1
+                d.rows = range(row, end)
+                unused.discard(row)
+            row -= 1
+        if d.owner and d.owner.kind == "Copied":                # what stands in a copied class came with it
+            d.kind = d.origin = d.reason = ""
+    house.problems += [(path, row, "this marker cannot be used: write `# Copied from lesson_NN/FILE.py: NAME` or "
+                        "`# Adapted from lesson_NN/FILE.py: NAME -- REASON`, once, right above a definition")
+                       for row in unused]
+
+
+# --- check -----------------------------------------------------------------------------------------------------
+def check(root):
+    """Every breach of the rules as one line, `file:line: what is wrong: what to do`."""
+    house = load(root)
+    rules = check_markers, check_twins, check_pins, check_imports, check_tables
+    found = {problem for rule in rules for problem in rule(house)}
+    return [f"{path}:{line}: {text}" for path, line, text in sorted(found.union(house.problems))]
+
+
+def taken_from(house, d):
+    """The label of the definition that `d` is a copy of, by its own marker or by its class's; None if it is not."""
+    if d.kind:
+        return d.origin if d.kind == "Copied" else None
+    origin = house.defs.get(f"{d.owner.origin}.{d.short}") if d.owner else None
+    return origin.label if origin and (d.owner.kind == "Copied" or origin.code == d.code) else None
+
+
+def first_owner(house, label):
+    """Follow copies back to the definition that is nobody's copy."""
+    seen = set()
+    while label not in seen and label in house.defs and (back := taken_from(house, house.defs[label])):
+        seen.add(label)
+        label = back
+    return label
+
+
+def check_markers(house):
+    """A marker names an original in another lesson; a copy equals it, an adaptation does not and says why."""
+    for d in house.defs.values():
+        if not d.kind:
+            continue
+        origin, copied, here = house.defs.get(d.origin), d.kind == "Copied", (d.path, d.rows[0])
+        if copied and d.reason:
+            yield *here, f"{d.name} is marked as a copy but gives a reason: write `Adapted`, or drop the reason"
+        if not copied and not d.reason:
+            yield *here, f"{d.name} does not say what was adapted: add ` -- REASON` to the marker"
+        if origin is None:
+            yield *here, f"there is no {d.origin}: correct the marker of {d.name}"
+        elif origin.lesson == d.lesson:
+            yield *here, f"{d.origin} is in the same lesson: import it"
+        elif taken_from(house, origin):
+            yield *here, f"{d.origin} is itself a copy: name its first owner, {first_owner(house, d.origin)}"
+        elif copied and origin.short != d.short:
+            yield *here, f"{d.name} is a copy under another name: call it {origin.short}, or write `Adapted`"
+        elif copied and origin.code != d.code:
+            yield *here, f"{d.name} differs from {d.origin}: {SYNC} to renew it, or write `Adapted ... -- REASON`"
+        elif not copied and origin.code == d.code:
+            yield *here, f"{d.name} equals {d.origin}: write `# Copied from {d.origin}`"
+
+
+def check_twins(house):
+    """Equal definitions in different lessons of which none says that it comes from the other."""
+    groups, flagged = {}, set()
+    for d in house.defs.values():
+        if d.size >= TWIN_LINES:                                # the name, which comes first, may differ
+            groups.setdefault(d.code.replace(f"name={d.short!r}", "", 1), []).append(d)
+    for group in groups.values():
+        labels = {d.label for d in group}
+        own = [d for d in group if not taken_from(house, d) and not (d.owner and d.owner.label in flagged)]
+        own.sort(key=lambda d: (d.kind, d.path))
+        for d in own[1:]:
+            first = own[0]
+            if d.lesson != first.lesson and d.origin not in labels:
+                flagged.add(d.label)
+                rename = "" if d.short == first.short else f"call it {first.short} and "
+                yield d.path, d.first, (f"{d.name} equals {first.label} ({d.size} lines): {rename}write "
+                                        f"`# Copied from {first.label}` above it, or mark the other one")
+
+
+def read_lock(house):
+    """{"adapted <- origin": (hash, line)} of lineage.lock."""
+    path = house.root / LOCK
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {line.rpartition(" ")[0]: (line.rpartition(" ")[2], row)
+            for row, line in enumerate(lines, 1) if not line.startswith("#")}
+
+
+def adaptations(house):
+    """{"adapted <- origin": definition}."""
+    return {f"{d.label} <- {d.origin}": d for d in house.defs.values() if d.kind == "Adapted"}
+
+
+def check_pins(house):
+    """The origin of an adaptation is still the one that its author looked at."""
+    lock, adapted = read_lock(house), adaptations(house)
+    for key, d in adapted.items():
+        if key not in lock:
+            yield d.path, d.rows[0], f"{d.name} is not pinned to its origin yet: {SYNC}"
+        elif d.origin in house.defs and lock[key][0] != house.defs[d.origin].hash:
+            yield d.path, d.rows[0], (f"{d.origin} changed after {d.name} was adapted from it: look at both, then "
+                                      f"{SYNC[:-1]} --accept {d.path}:{d.name}`")
+    for key in lock.keys() - adapted.keys():
+        yield LOCK, lock[key][1], f"`{key}` belongs to no marker: {SYNC}"
+
+
+def imported(node):
+    """(module, relative level) of what a syntax node imports; a mention of sys.path counts as one."""
+    if isinstance(node, ast.Import):
+        return [(alias.name, 0) for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [(f"{node.module or ''}.{alias.name}".lstrip("."), node.level) for alias in node.names]
+    return [("sys.path", 0)] if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path" else []
+
+
+def check_imports(house):
+    """Who may import whom."""
+    lessons = [file for folder in house.folders for file in (house.root / folder).glob("*.py")]
+    for file in [*lessons, *(house.root / "utils").rglob("*.py")]:
+        path, in_lesson = file.relative_to(house.root).as_posix(), file in lessons
+        for node in ast.walk(parse(house, path)[1]):
+            for name, level in imported(node):
+                top, here = name.split(".")[0], (path, node.lineno)
+                if name == "sys.path":
+                    yield *here, "touches sys.path: leave it alone; scripts find their own model, utils is installed"
+                elif in_lesson and level:
+                    yield *here, "relative import: lessons run as scripts; write `from model import ...`"
+                elif top == "tools" and not level:
+                    yield *here, "imports tools: only tools and tests may"
+                elif in_lesson and file.name == "model.py" and top not in MODEL_IMPORTS:
+                    yield *here, (f"imports {top}: model.py may import torch, einops, numpy and the standard library "
+                                  "only, so that it can be copied out alone")
+                elif in_lesson and re.match(r"lesson_\d", top):
+                    yield *here, f"imports {top}: copy what you need under `# Copied from ...`, or read its weights"
+                elif not in_lesson and (re.match(r"lesson_\d", top) or not level and f"{top}.py" in FILES):
+                    yield *here, f"imports {top}, a lesson's code: let the lesson hand over what utils needs"
+
+
+# --- the table in README.md ------------------------------------------------------------------------------------
+def table(house, lesson):
+    """What is new in a lesson, from its markers, as a Markdown table."""
+    folder, parent, new, adapted, copied = lesson["folder"], house.parent(lesson), [], [], {}
+    for d in house.defs.values():
+        if d.lesson != folder:
+            continue
+        file = d.path.rpartition("/")[2]
+        if d.kind:
+            path, _, name = d.origin.partition(": ")
+            link = f"[{path.rpartition('/')[0]}]({os.path.relpath(path, folder).replace(os.sep, '/')})"
+            if d.kind == "Copied":
+                copied.setdefault((file, link), []).append(f"`{d.name}`")
+            else:
+                renamed = "" if name == d.name else f"`{name}` in "
+                adapted.append(f"| adapted | `{file}` | `{d.name}` | from {renamed}{link}: {escape(d.reason)} |")
+        elif not d.owner:
+            text = (ast.get_docstring(d.node) or "").split("\n\n")[0]
+            new.append(f"| **new** | `{file}` | `{d.name}` | {escape(text)} |")
+    same = [f"| copied | `{file}` | {', '.join(names)} | from {link} |" for (file, link), names in copied.items()]
+    note = [f"Lesson {parent['number']} is not written yet: what comes from no other lesson counts as new.\n"
+            ] if parent and parent["state"] != "ready" else []
+    return "\n".join([*note, "| | file | definition | |", "|---|---|---|---|", *new, *adapted, *same])
+
+
+def escape(text):
+    """Docstring or reason as one Markdown table cell."""
+    return re.sub(r"([|*<\\])", r"\\\1", " ".join(text.split()))
+
+
+def fill(house, lesson):
+    """(README.md as it is, as it should be, (line, problem) or None). Only a lesson with a parent needs the table."""
+    path, parent, problem = house.root / lesson["folder"] / "README.md", house.parent(lesson), None
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, start, rest = text.partition(START + "\n")
+    _, end, after = rest.partition(END)
+    heading = f"What is new since lesson {parent['number']}" if parent else ""
+    line = before.count("\n") + 1 if start else 1
+    if not end:
+        asked = text and parent
+        return text, text, (line, f"needs a section `## {heading}` with the lines {START} and {END}") if asked else None
+    if not re.match(heading + r"\b", (re.findall(r"^#+ (.*)$", before, re.MULTILINE) or [""])[-1]) and parent:
+        problem = line, f"the table of what is new stands under another heading: call it `## {heading}`"
+    return text, f"{before}{start}{table(house, lesson)}\n{end}{after}", problem
+
+
+def check_tables(house):
+    """Every lesson is in the register, and its README has the table that the markers give."""
+    registered = {lesson["folder"]: lesson for lesson in house.lessons}
+    for folder in house.folders:
+        if folder not in registered:
+            yield "lessons.yaml", 1, f"{folder} is not in the register: add it"
+            continue
+        old, new, problem = fill(house, registered[folder])
+        if old != new and not problem:
+            problem = old[:old.index(START)].count("\n") + 1, f"the table of what is new is stale: {SYNC}"
+        if problem:
+            yield f"{folder}/README.md", *problem
+
+
+# --- sync ------------------------------------------------------------------------------------------------------
+def sync(root, accept=()):
+    """Rewrite copies, pin adaptations, fill tables. Returns what was done, one line each."""
+    house, done, plan = load(root), [], []
+    accept = {re.sub(r":\s*", ": ", label) for label in accept}
+    if unknown := accept - {d.label for d in adaptations(house).values()}:
+        raise Mistake(f"--accept: {unknown.pop()} is not an adapted definition; write lesson_NN/FILE.py:NAME")
+    if house.problems:                                          # half-read lessons would lose their pins and rows
+        return done
+
+    for d in house.defs.values():
+        origin = house.defs.get(d.origin) if d.kind == "Copied" else None
+        if (origin and origin.code != d.code and origin.short == d.short and origin.lesson != d.lesson
+                and not taken_from(house, origin)):
+            shift = d.node.col_offset - origin.node.col_offset              # a method may come from a function
+            plan.append((d, [" " * shift + line if line and shift > 0 else line[max(-shift, 0):]
+                             for line in origin.lines[origin.first - 1:origin.last]]))
+    for d, source in sorted(plan, key=lambda pair: -pair[0].first):         # from the bottom up: the rows stay valid
+        d.lines[d.first - 1:d.last] = source
+        (root / d.path).write_text("\n".join(d.lines) + "\n", encoding="utf-8")
+        done.append(f"{d.path}:{d.first}: {d.name} rewritten from {d.origin}")
+
+    house = load(root)
+    lock, pins = read_lock(house), {}
+    for key, d in adaptations(house).items():
+        origin = house.defs.get(d.origin)
+        if key in lock and (d.label not in accept or origin is None):
+            pins[key] = lock[key][0]
+        elif origin:
+            pins[key] = origin.hash
+            done.append(f"{LOCK}: {key} pinned")
+    if pins or lock:
+        text = "# The origin each adaptation was made from, as a hash; written by `python -m tools.lineage sync`\n"
+        (root / LOCK).write_text(text + "".join(f"{key} {pins[key]}\n" for key in sorted(pins)), encoding="utf-8")
+
+    for lesson in house.lessons:
+        old, new, problem = fill(house, lesson)
+        if old != new and not problem and lesson["folder"] in house.folders:
+            (root / lesson["folder"] / "README.md").write_text(new, encoding="utf-8")
+            done.append(f"{lesson['folder']}/README.md: table of what is new filled")
+    return done
+
+
+# --- diff ------------------------------------------------------------------------------------------------------
+def find(house, name):
+    """The register entry that "09", "05a", "lesson_05a" or "lesson_05/sublesson_a" means."""
+    match = re.fullmatch(r"(?:\./)?(?:lesson_)?(\d+)(?:/?(?:sublesson_)?([a-z]))?/?", name)
+    number = f"{int(match[1]):02}{match[2] or ''}" if match else name
+    entry = next((lesson for lesson in house.lessons if lesson["number"] == number), None)
+    if entry is None:
+        raise Mistake(f"there is no lesson {name!r} in lessons.yaml; write 05, 05a or lesson_05/sublesson_a, say")
+    if entry["folder"] not in house.folders:
+        raise Mistake(f"lesson {number} ({entry['name']}) is not written yet: there is no {entry['folder']}")
+    return entry
+
+
+def diff(root, name):
+    """What a lesson adds to its parent, as (style, line) pairs."""
+    house = load(root)
+    lesson = find(house, name)
+    parent, folder = house.parent(lesson) or {"folder": ""}, lesson["folder"]
+    for path, line, text in house.problems:
+        raise Mistake(f"{path}:{line}: {text}")
+    yield "title", f"{folder}, {lesson['name']}" + (f": what is new since {parent['folder']}, {parent['name']}"
+                                                    if parent["folder"] else "")
+    if parent["folder"] not in house.folders:
+        why = f"Its parent, lesson {parent['number']}, is not written yet" if parent["folder"] else "It has no parent"
+        yield "quiet", f"{why}: compared with an empty file."
+
+    for file in FILES:
+        mine, theirs = ({d.name: d for d in house.defs.values() if d.path == f"{place}/{file}" and not d.owner}
+                        for place in (folder, parent["folder"]))
+        if not mine:
+            continue
+        yield "title", f"\n{folder}/{file}"
+
+        def same_as(d, theirs=theirs):
+            """The file that holds the same definition, or None."""
+            if not d.kind:
+                return theirs[d.name].path if d.name in theirs and theirs[d.name].code == d.code else None
+            return d.origin.partition(": ")[0] if d.kind == "Copied" else None
+
+        for origin, group in itertools.groupby(mine.values(), same_as):
+            if origin:
+                yield "quiet", f"  = {', '.join(d.name for d in group)}   as in {origin}"
+                continue
+            for d in group:
+                before = house.defs.get(d.origin)
+                yield "what", f"  ~ {d.name}   from {d.origin}: {d.reason}" if d.kind else f"  + {d.name}   new"
+                if before:
+                    yield from changes(shown(house, before), shown(house, d, before))
+                else:
+                    yield from (("add", f"    + {line}") for line in shown(house, d))
+        used = {d.origin for d in mine.values()}
+        if gone := [name for name, d in theirs.items() if name not in mine and d.label not in used]:
+            yield "del", f"  - {', '.join(gone)}   left out"
+
+
+def shown(house, d, before=None):
+    """The source of a definition without the markers in it; a method copied from a third place takes one line."""
+    rows = dict(enumerate(d.lines[d.first - 1:d.last], d.first))
+    for inner in (inner for inner in house.defs.values() if inner.owner is d and inner.kind):
+        drop = set(inner.rows)
+        if inner.kind == "Copied" and not (before and inner.origin.startswith(f"{before.label}.")):
+            drop |= set(range(inner.first, inner.last + 1)) - {inner.node.lineno}
+            rows[inner.node.lineno] = f"{' ' * inner.node.col_offset}= {inner.short}   as in {inner.origin}"
+        rows = {row: line for row, line in rows.items() if row not in drop}
+    return list(rows.values())
+
+
+def changes(before, after):
+    """A unified diff in which the name of the function around it sets each hunk apart."""
+    for line in list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:]:
+        if not line.startswith("@@"):
+            yield {"+": "add", "-": "del"}.get(line[0], ""), f"    {line[0]} {line[1:]}"
+        elif (start := int(re.search(r"\+(\d+)", line)[1])) > 1:
+            heads = [text.strip() for text in after[:start - 1] if re.match(r"\s*(async def|def|class) ", text)]
+            yield "quiet", f"    ... {heads[-1] if heads else ''}"
+
+
+def paint(pairs, colour):
+    """The lines of a diff, with or without colour."""
+    codes = {"title": "1", "quiet": "2", "what": "1;36", "add": "32", "del": "31"}
+    return [f"\033[{codes[style]}m{line.rstrip()}\033[0m" if colour and style in codes else line.rstrip()
+            for style, line in pairs]
+
+
+# --- tree ------------------------------------------------------------------------------------------------------
+def tree(lessons, number=None, indent=""):
+    """The lessons as lines of text, each under its first parent."""
+    children = [lesson for lesson in lessons if lesson["parents"][:1] == ([number] if number else [])]
+    for lesson in children:
+        branch, bar = ("", "") if number is None else ("└─ ", "   ") if lesson is children[-1] else ("├─ ", "│  ")
+        date = f", {lesson['date']}" if lesson.get("date") else ""
+        also = f"  (also from {', '.join(lesson['parents'][1:])})" if lesson["parents"][1:] else ""
+        ready = "  [ready]" if lesson["state"] == "ready" else ""
+        yield f"{indent}{branch}{lesson['number']} {lesson['name']}{date}{ready}{also}"
+        yield from tree(lessons, lesson["number"], indent + bar)
+
+
+def mermaid(lessons, base=""):
+    """The tree as a Mermaid graph, further parents dotted. Ready lessons have a class and link to `base` + folder."""
+    lines, ready = ["graph LR"], [lesson for lesson in lessons if lesson["state"] == "ready"]
+    for lesson in lessons:
+        name = f"{lesson['number']} {lesson['name']}".replace("#", "#35;").replace('"', "#quot;").replace("<", "#lt;")
+        lines.append(f'  L{lesson["number"]}["{name}"]')
+    for lesson in lessons:
+        lines += [f"  L{parent} {'-.->' if further else '-->'} L{lesson['number']}"
+                  for further, parent in enumerate(lesson["parents"])]
+    if ready:
+        lines += [f'  click L{lesson["number"]} "{base}{lesson["folder"]}"' for lesson in ready]
+        lines += ["  classDef ready fill:#cdeac0,stroke:#2f6b2f,color:#102a10",
+                  f"  class {','.join('L' + lesson['number'] for lesson in ready)} ready"]
+    return "\n".join(lines)
+
+
+# --- command line ----------------------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Mistake(f"{message}; see `python -m tools.lineage --help`")
+
+
+def main(argv=None, root=ROOT):
+    parser = Parser(prog="python -m tools.lineage", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{check,sync,diff,tree}")
+    commands.add_parser("check")
+    commands.add_parser("sync").add_argument("--accept", metavar="lesson_NN/FILE.py:NAME", action="append", default=[])
+    commands.add_parser("diff").add_argument("lesson")
+    commands.add_parser("tree").add_argument("--mermaid", action="store_true")
+    try:
+        args, problems = parser.parse_args(argv), []
+        if args.command == "tree":
+            lessons = load_lessons(root)
+            lines = [mermaid(lessons)] if args.mermaid else tree(lessons)
+        elif args.command == "diff":
+            lines = paint(diff(root, args.lesson), sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+        else:
+            done = sync(root, args.accept) if args.command == "sync" else []
+            problems = check(root)
+            lines = done + problems or ["lineage: all in order"]
+        print("\n".join(lines), flush=True)
+        return 1 if problems else 0
+    except Mistake as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:                                     # ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,13 @@
+"""What no paper talks about: data, averages of weights, pictures, configuration, runs, scores."""
+
+from .config import Section
+from .data import digits, to_float, to_uint8
+from .ema import EMA
+from .errors import UserError, cli
+from .files import ROOT, atomic, write_json
+from .images import figure, grid, save_figure, save_gif, save_grid, save_losses, save_npz, save_strip
+from .run import Run, Weights, code_hash, ramp, save_weights, trained
+from .scores import classify, fid_to_test, floor, report, score
+
+__all__ = [name for name in dir() if not name.startswith("_") and name not in (
+    "config", "data", "device", "ema", "errors", "files", "images", "run", "scores")]

