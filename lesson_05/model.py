@@ -281,13 +281,14 @@ class Attention(nn.Module):
     def __init__(self, channels, groups=32):
         super().__init__()
         self.norm = norm(channels, groups)
-        self.qkv, self.out = conv(channels, 3 * channels, kernel=1), conv(channels, channels, kernel=1, zero=True)
+        self.qkv, self.out = linear(channels, 3 * channels), linear(channels, channels, zero=True)
 
     def forward(self, x):
         """(B, C, H, W) -> (B, C, H, W)."""
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three c) h w -> three b 1 (h w) c", three=3)
-        h = F.scaled_dot_product_attention(q, k, v)                         # softmax(q k / sqrt(C)) v
-        return x + self.out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        q, k, v = self.qkv(h).chunk(3, dim=2)                               # (B, H W, C) each
+        weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(x.shape[1]), dim=2)                # (B, H W, H W)
+        return x + rearrange(self.out(weights @ v), "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class Downsample(nn.Module):
@@ -328,8 +329,8 @@ def conv(c_in, c_out, kernel=3, stride=1, padding=None, zero=False):
     return initialised(nn.Conv2d(c_in, c_out, kernel, stride, padding), zero)
 
 
-def linear(c_in, c_out):
-    return initialised(nn.Linear(c_in, c_out))
+def linear(c_in, c_out, zero=False):
+    return initialised(nn.Linear(c_in, c_out), zero)
 
 
 def initialised(layer, zero=False):

@@ -14,15 +14,15 @@ The criteria were written down before the numbers were seen.
 (c) Clipping x_0 lowers the FID of noise + simple, in every sampling seed.
 """
 
-import json
 import statistics
 import time
 
 import torch
+
 import train
 from model import DDPM, UNet
 from sample import draw
-from utils import Run, Weights, cli, digits, figure, fid_to_test, floor, save_figure, trained, write_json
+from utils import Run, Weights, cli, digits, fid_to_test, figure, floor, parallel, save_figure, trained, write_json
 
 ARMS = [("noise", "simple"), ("noise", "bound"), ("mean", "simple"), ("mean", "bound")]
 
@@ -33,10 +33,10 @@ def main(argv=None):
     start = time.perf_counter()
     run.open_folder("claim")
     rows = []
-    for seed in range(cfg.seeds):
-        for predict, objective in ARMS:
-            rows.append(measure(run, predict, objective, seed))
-            run.say("{arm:15} seed {seed}: FID {fid:8.3f}   bits/dim {bits:6.3f}".format(**rows[-1]))
+    arms = [(run.argv, predict, objective, seed) for seed in range(cfg.seeds) for predict, objective in ARMS]
+    for row in parallel(measure, arms, cfg.workers):
+        run.say("{arm:15} seed {seed}: FID {fid:8.3f}   bits/dim {bits:6.3f}".format(**row))
+        rows.append(row)
     claim = {
         "table_2": table_2(rows), "rate_distortion": rate_distortion(run), "clipping": clipping(run),
         "n": cfg.n, "sample_steps": cfg.sample_steps, "floor": floor(cfg.n), "bound_images": cfg.bound_images,
@@ -66,12 +66,13 @@ def verdict(holds, cfg):
 
 
 # ------------------------------------------------------------------ (a) Table 2
-def measure(run, predict, objective, seed):
+def measure(argv, predict, objective, seed):
     """Train one arm (or take it from an earlier call), draw samples, evaluate the bound on test images."""
-    cfg = run.config.reproduce
-    argv = [f"ddpm.predict={predict}", f"ddpm.objective={objective}", f"seed={seed}", "preview_every=0"]
-    argv += [a for a in ("smoke=true",) if cfg.smoke] + [f"train.steps={cfg.steps}", f"threads={cfg.threads}"]
-    path = trained(train.main, run.folder / f"{predict}_{objective}_{seed}", argv, run.lesson)
+    run = Run(__file__, argv)
+    cfg, folder = run.config.reproduce, run.open_folder("claim")
+    path = trained(train.main, folder / f"{predict}_{objective}_{seed}", [
+        *["smoke=true"] * cfg.smoke, f"ddpm.predict={predict}", f"ddpm.objective={objective}", f"seed={seed}",
+        f"steps={cfg.steps}", "preview_every=0", f"precision={cfg.precision}", f"device={cfg.device}"], run.lesson)
     ddpm, net = load(run, path)
     x = draw(ddpm, net, cfg.n, cfg.sample_steps, torch.Generator().manual_seed(seed))
     x0, _ = digits("test").first(cfg.bound_images)
@@ -143,15 +144,21 @@ def published(run, **changes):
 def clipping(run):
     """FID with and without clipping x_0, at the same noise; both variances."""
     cfg = run.config.reproduce
+    jobs = [(run.argv, variance, clip, seed) for variance in ("small", "large") for clip in (True, False)
+            for seed in range(cfg.seeds)]
     table = {}
-    for variance in ("small", "large"):
-        ddpm, net = published(run, variance=variance)
-        for clip in (True, False):
-            table[f"{variance}, {'clipped' if clip else 'not clipped'}"] = [
-                fid_to_test(draw(ddpm, net, cfg.n, cfg.sample_steps, torch.Generator().manual_seed(seed), clip))
-                for seed in range(cfg.seeds)]
+    for (_, variance, clip, _), value in zip(jobs, parallel(sample_fid, jobs, cfg.workers)):
+        table.setdefault(f"{variance}, {'clipped' if clip else 'not clipped'}", []).append(value)
     holds = all(a < b for v in ("small", "large") for a, b in zip(table[f"{v}, clipped"], table[f"{v}, not clipped"]))
     return {"fid": table, "holds": holds}
+
+
+def sample_fid(argv, variance, clip, seed):
+    """FID of n samples of the published network."""
+    run = Run(__file__, argv)
+    cfg, _ = run.config.reproduce, run.open_folder("claim")
+    ddpm, net = published(run, variance=variance)
+    return fid_to_test(draw(ddpm, net, cfg.n, cfg.sample_steps, torch.Generator().manual_seed(seed), clip))
 
 
 # ------------------------------------------------------------------ what is printed and drawn

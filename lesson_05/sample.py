@@ -9,6 +9,7 @@
 import time
 
 import torch
+
 from model import DDPM, UNet
 from utils import Run, cli, report, save_gif, save_grid, save_npz, score
 

@@ -7,6 +7,7 @@
 """
 
 import torch
+
 from model import DDPM, UNet
 from utils import EMA, Run, cli, digits, ramp, save_grid
 
@@ -15,7 +16,7 @@ def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
     ddpm, net = DDPM(**run.config.ddpm), UNet(**run.config.unet)
-    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr)
+    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     ddpm, net, optimizer = run.prepare(ddpm, net, optimizer)
     ema = EMA(net, cfg.ema_decay)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from conftest import load
 
 model = load("lesson_05", "model")
@@ -191,17 +192,23 @@ def test_bound_loss_is_the_bound():
     assert ddpm.loss(net, x0).item() == pytest.approx(terms.sum(1).mean().item(), rel=0.1)
 
 
-def test_bound_of_gaussian_data_is_near_its_entropy():
-    # With the exact denoiser the bound is at least the entropy of the grey levels, and close for many small steps.
+@pytest.mark.parametrize("variance", ["large", "small"])
+def test_bound_of_gaussian_data_has_a_closed_form(variance):
+    # With the exact denoiser the error of mu is a^2 Var(x_0 | x_t), so every L_{t-1} is known. And the bound bounds.
     torch.manual_seed(0)
-    ddpm, std = DDPM(1000, variance="small"), 0.2
-    net = Gaussian(ddpm, 0.0, std)
-    x0 = ((std * torch.randn(64, 1, 8, 8)).clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
-    prior, terms, rmse = ddpm.bound(net, x0)
+    ddpm, std = DDPM(100, beta_1=1e-3, variance=variance), 0.2
+    x0 = ((std * torch.randn(400, 1, 6, 6)).clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
+    prior, terms, rmse = ddpm.bound(Gaussian(ddpm, 0.0, std), x0)
+    assert terms.shape == rmse.shape == (400, 100)
+    t = torch.arange(1, 100)
+    sigma2, ratio = ddpm.reverse_variance(t, t - 1), ddpm.beta_tilde(t, t - 1) / ddpm.reverse_variance(t, t - 1)
+    known = std ** 2 * (1 - ddpm.abar[t]) / (ddpm.abar[t] * std ** 2 + 1 - ddpm.abar[t])            # Var(x_0 | x_t)
+    a = ddpm.abar[t - 1].sqrt() * ddpm.beta(t, t - 1) / (1 - ddpm.abar[t])
+    expected = (0.5 * (ratio - 1 - ratio.log()) + a ** 2 * known / (2 * sigma2)) / math.log(2)
+    assert torch.allclose(terms[:, 1:].mean(0).double(), expected, rtol=0.04)
+    assert torch.allclose(rmse[:, 1:].square().mean(0).sqrt().double() / 127.5, known.sqrt(), rtol=0.03)
     entropy = 0.5 * math.log2(2 * math.pi * math.e * std ** 2) - math.log2(2 / 255)
-    assert entropy - 0.05 < (prior + terms.sum(1)).mean().item() < entropy + 0.15
-    assert terms.shape == rmse.shape == (64, 1000)
-    assert rmse[:, 0].mean() < 2 < 0.9 * 127.5 * std < rmse[:, 999].mean()
+    assert entropy - 0.02 < (prior + terms.sum(1)).mean().item() < entropy + 1.2
 
 
 # ------------------------------------------------------------------ sampling
@@ -289,9 +296,14 @@ def make_fixture(diffusers):
     rows = []
     for variance, t, s, inputs in scheduler_cases():
         scheduler = diffusers.DDPMScheduler(beta_schedule="linear", variance_type=f"fixed_{variance}", clip_sample=True)
+        # Its float32 schedule keeps three digits of 1 - abar at small t: give it the same one in float64.
+        scheduler.betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        scheduler.alphas = 1 - scheduler.betas
+        scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
+        scheduler.one = torch.tensor(1.0, dtype=torch.float64)
         if t - s > 1:
             scheduler.set_timesteps(50)                # "leading": 980, 960, ..., 0
-        original, module.randn_tensor = module.randn_tensor, lambda *a, **k: inputs["noise"]
+        original, module.randn_tensor = module.randn_tensor, lambda *a, noise=inputs["noise"], **k: noise
         try:
             step = scheduler.step(inputs["output"], t, inputs["sample"])
         finally:
@@ -355,9 +367,9 @@ def test_attention_equals_the_formula():
     layer = model.Attention(8, groups=4)
     torch.nn.init.normal_(layer.out.weight)
     x = torch.randn(2, 8, 3, 5)                                                 # not square on purpose
-    q, k, v = layer.qkv(layer.norm(x)).flatten(2).chunk(3, dim=1)
+    q, k, v = layer.qkv(layer.norm(x).flatten(2).transpose(1, 2)).transpose(1, 2).chunk(3, dim=1)
     weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / math.sqrt(8), dim=2)
-    expected = x + layer.out(torch.einsum("bij,bcj->bci", weights, v).reshape(x.shape))
+    expected = x + layer.out(torch.einsum("bij,bcj->bic", weights, v)).transpose(1, 2).reshape(x.shape)
     assert torch.allclose(layer(x), expected, atol=1e-5)
 
 
@@ -370,17 +382,19 @@ def test_time_embedding():
 
 
 def test_one_batch_can_be_overfitted():
+    # A single image leaves nothing to guess: the loss can fall to 0. Predicting nothing gives 1.
+    # Adam needs a few dozen steps for it; half of the way there shows that the gradients are right.
     torch.manual_seed(0)
     ddpm, net = DDPM(100), UNet(**SMALL)
-    optimizer = torch.optim.Adam(net.parameters(), 5e-3)
-    x0, losses = torch.rand(1, 1, 28, 28).round().repeat(16, 1, 1, 1) * 2 - 1, []
-    for _ in range(60):
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    x0, losses = -torch.ones(8, 1, 28, 28), []
+    for _ in range(50):
         loss = ddpm.loss(net, x0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-10:]) / 10 < 0.35 < 0.9 < losses[0]
+    assert sum(losses[-10:]) / 10 < 0.3 < 0.9 < losses[0]
 
 
 def test_gpu_overlay_has_the_papers_shape():

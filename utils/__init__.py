@@ -6,8 +6,12 @@ from .ema import EMA
 from .errors import UserError, cli
 from .files import ROOT, atomic, write_json
 from .images import figure, grid, save_figure, save_gif, save_grid, save_losses, save_npz, save_strip
+from .parallel import parallel
 from .run import Run, Weights, code_hash, ramp, save_weights, trained
 from .scores import classify, fid_to_test, floor, report, score
 
-__all__ = [name for name in dir() if not name.startswith("_") and name not in (
-    "config", "data", "device", "ema", "errors", "files", "images", "run", "scores")]
+__all__ = [
+    "EMA", "ROOT", "Run", "Section", "UserError", "Weights", "atomic", "classify", "cli", "code_hash", "digits",
+    "fid_to_test", "figure", "floor", "grid", "parallel", "ramp", "report", "save_figure", "save_gif", "save_grid",
+    "save_losses", "save_npz", "save_strip", "save_weights", "score", "to_float", "to_uint8", "trained", "write_json",
+]

@@ -127,6 +127,9 @@ def _value(text, old, where):
 
 def _check(name, key, value):
     """Bounds that hold for a key of this name in every lesson."""
+    whole = key in POSITIVE and key != "lr"
+    if key in POSITIVE + NOT_NEGATIVE and isinstance(value, str | None) or whole and isinstance(value, float):
+        raise UserError(f"{name} must be a {'whole ' * whole}number, not {value!r}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     if not math.isfinite(value):
@@ -141,8 +144,8 @@ def _check(name, key, value):
 
 def _split(argument):
     key, equals, value = argument.lstrip("-").partition("=")
-    if not equals:
-        if not argument.startswith("--"):
+    if not equals or not key:
+        if not key or not argument.startswith("--"):
             raise UserError(f"{argument}: write arguments as key=value")
         value = "true"                                 # --resume is resume=true
     return key, value
@@ -175,7 +178,9 @@ def _set(values, target, key, new, where):
     old = values[target][key]
     if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
         new = float(new)
-    if key == "gpu" and new not in (True, False, "auto"):
+    if isinstance(old, list) and isinstance(new, list) and old and all(isinstance(item, float) for item in old):
+        new = [float(item) if type(item) is int else item for item in new]
+    if key == "gpu" and not (isinstance(new, bool) or new == "auto"):
         raise UserError(f"{where}: gpu takes true, false or auto, not {new!r}")
     if old == "auto" or old is None:
         pass
@@ -195,7 +200,7 @@ def _kind(value):
 
 def help_text(path, section, common=COMMON):
     """The keys of one script with their values and the comments of config.yaml."""
-    lines, current, found = [f"usage: python {section}.py key=value ...   (values of {path.name})", ""], None, set()
+    lines, current, found = [f"usage: python {section}.py key=value ...   (values of {path.name})"], None, set()
     for line in path.read_text().splitlines():
         if match := re.match(r"^(\w+):\s*(?:#\s*(.*))?$", line):
             current = match[1]

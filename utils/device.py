@@ -1,6 +1,5 @@
 """What this machine has: device, the precision that is fastest on it, memory, a name to put beside a number."""
 
-import functools
 import os
 import platform
 import resource
@@ -28,7 +27,6 @@ def auto_precision(device):
     return "bf16" if fast_bf16() else "fp32"
 
 
-@functools.cache
 def device_name(device="cpu"):
     """A short name such as "2 CPU cores (AMD EPYC)" or "Tesla T4"."""
     if torch.device(device).type == "cuda":

@@ -5,25 +5,28 @@ training loop itself stays in the lesson. Plain `python`, `torchrun` and `accele
 """
 
 import ast
+import functools
 import hashlib
 import io
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from .config import Section, load
+from .config import OVERLAYS, Section, load
 from .device import auto_precision, device_name, peak_memory_mb
-from .errors import UserError
+from .errors import UserError, disk_error
 from .files import ROOT, atomic, lock, write_json
 
 FORMAT = "zero-to-hero checkpoint 1"
@@ -39,17 +42,23 @@ class Run:
 
     def __init__(self, file, argv=None):
         self.lesson, self.script = Path(file).resolve().parent, Path(file).stem
+        self.name = lesson_name(self.lesson)
         self.argv = list(sys.argv[1:] if argv is None else argv)
         self.folder, self.step, self._lock = None, 0, None
         self._resumed, self._tracked, self._records = None, {}, []
         cuda = torch.cuda.is_available()
-        argv = self.argv
-        if self.script == "train" and any(a.lstrip("-") in ("resume", "resume=true") for a in argv):
-            argv = self._resume(argv, cuda)
-        self.config = load(self.lesson / "config.yaml", self.script, argv, cuda)
+        self.config = load(self.lesson / "config.yaml", self.script, self.argv, cuda)
         self.settings = self.config[self.script]       # this script's own section
-        self._check_resumed()
-        self._start_processes(cuda)
+        try:
+            if self.script == "train" and getattr(self.settings, "resume", False):
+                argv = self._resume()
+                self.config = load(self.lesson / "config.yaml", self.script, argv, cuda, quiet=True)
+                self.settings = self.config[self.script]
+                self._check_resumed()
+            self._start_processes(cuda)
+        except BaseException:
+            self._release()
+            raise
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)
         torch.manual_seed(self.settings.seed)          # the same on every rank: the same first weights
@@ -90,6 +99,7 @@ class Run:
 
         From here on every process draws its own noise.
         """
+        warnings.filterwarnings("ignore", "Grad strides do not match")     # several processes; costs nothing here
         ready = []
         for item in objects:
             if isinstance(item, torch.nn.Module) and not any(p.requires_grad for p in item.parameters()):
@@ -138,7 +148,7 @@ class Run:
                 self.folder = runs / name
                 self.folder.mkdir(exist_ok=True)
             else:
-                number = 1 + max([int(p.name) for p in runs.iterdir() if p.name.isdigit()], default=0)
+                number = 1 + max([int(p.name) for p in numbered(runs)], default=0)
                 while True:                            # two trainings may start at once: mkdir decides
                     try:
                         self.folder = runs / f"{number:03d}"
@@ -156,7 +166,13 @@ class Run:
     def _hold(self):
         self._lock = lock(self.folder / ".lock", wait=False)
         if not self._lock.__enter__():
-            raise UserError(f"{self.folder} is being trained by another process")
+            raise UserError(f"{self.folder} is being trained by another process: wait for it to end, "
+                            "or start a new run without --resume")
+
+    def _release(self):
+        if self._lock is not None:
+            self._lock.__exit__(None, None, None)
+            self._lock = None
 
     # ------------------------------------------------------------------ training
     def track(self, **objects):
@@ -165,19 +181,25 @@ class Run:
         if self._resumed is None:
             return
         saved = self._resumed
-        for name, item in self._tracked.items():
-            try:
-                _bare(item).load_state_dict(saved["states"][name])
-            except (KeyError, RuntimeError, ValueError) as error:
-                raise UserError(f"the checkpoint in {self.folder} does not fit: {str(error).splitlines()[0]}; "
-                                "train anew without --resume") from None
+        try:
+            if len(saved["random"]) != self.world:
+                raise UserError(f"{self.folder} was trained by {len(saved['random'])} processes, not {self.world}: "
+                                "start as many, or train anew without --resume")
+            for name, item in self._tracked.items():
+                try:
+                    _bare(item).load_state_dict(saved["states"][name])
+                except (KeyError, RuntimeError, ValueError) as error:
+                    raise UserError(f"the checkpoint in {self.folder} does not fit: {str(error).splitlines()[0]}; "
+                                    "train anew without --resume") from None
+        except UserError:
+            self._release()
+            raise
         if self.accelerator.scaler is not None and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.step, self._seconds_before = saved["step"], saved["seconds"]
-        if len(saved["random"]) != self.world:
-            raise UserError(f"this run was trained by {len(saved['random'])} processes, not {self.world}")
+        self._records = [tuple(record) for record in saved.get("records", [])]
         torch.set_rng_state(saved["random"][self.rank])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and saved["random_cuda"]:
             torch.cuda.set_rng_state(saved["random_cuda"][self.rank])
         self.say(f"resumed {self.folder.name} after step {self.step}")
 
@@ -193,30 +215,35 @@ class Run:
         total, log_every = self.settings.steps, getattr(self.settings, "log_every", 50)
         self.open_folder()
         self._begin_log()
-        self.say(f"training {self.lesson.name} on {device_name(self.device)}, {self.precision}, {total} steps of "
+        self.say(f"training {self.name} on {device_name(self.device)}, {self.precision}, {total} steps of "
                  f"{data.batch_size} -> {self.folder}")
         self._start, self._waited = time.perf_counter(), 0.0
-        with self._signals(), self._progress(total) as bar:
-            while self.step < total:
-                before = time.perf_counter()
-                batch = tuple(part.to(self.device) for part in data.batch(self.step, self.rank, self.world))
-                self._waited += time.perf_counter() - before
-                yield self.step, batch
-                self.step += 1
-                bar.update()
-                if self.step % log_every == 0 or self.step == total:
-                    self._flush(bar)
-                stop = self._stop_wanted(log_every)
-                save_every = getattr(self.settings, "save_every", 0)
-                if stop or save_every and self.step % save_every == 0 and self.step < total:
-                    self.save()
-                if stop:
-                    raise Stopped(f"stopped and saved after step {self.step}; go on with: {self._again()}")
+        try:
+            with self._signals(), self._progress(total) as bar:
+                while self.step < total:
+                    before = time.perf_counter()
+                    batch = tuple(part.to(self.device) for part in data.batch(self.step, self.rank, self.world))
+                    self._waited += time.perf_counter() - before
+                    yield self.step, batch
+                    self.step += 1
+                    bar.update()
+                    if self.step % log_every == 0 or self.step == total:
+                        self._flush(bar)
+                    stop = self._stop_wanted(log_every)
+                    save_every = getattr(self.settings, "save_every", 0)
+                    if stop or save_every and self.step % save_every == 0 and self.step < total:
+                        self.save()
+                    if stop:
+                        raise Stopped(f"stopped and saved after step {self.step}; go on with: {self._again()}")
+        except BaseException:                          # a notebook keeps the exception, and with it this object
+            self._release()
+            raise
         self.seconds = self._seconds_before + time.perf_counter() - self._start
 
     def _again(self):
-        kept = [a for a in self.argv if a.lstrip("-").partition("=")[0] in ("runs", "publish")]
-        return " ".join([f"python {self.script}.py", "--resume", *kept])
+        kept = [a for a in self.argv if _split(a)[0] in ("runs", "publish", "smoke")]
+        start = "python" if self.world == 1 else f"torchrun --nproc_per_node {self.world}"
+        return shlex.join([*start.split(), f"{self.script}.py", "--resume", *kept])
 
     def every(self, n):
         """Whether n more steps are done now (for previews): true on the main process only. n = 0: never."""
@@ -242,29 +269,40 @@ class Run:
         with atomic(self._metrics) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept))
         if self._resumed is None:
-            write_json(self.folder / "run.json", {"lesson": self.lesson.name, "script": self.script,
-                                                  "argv": [a for a in self.argv if "resume" not in a],
+            write_json(self.folder / "run.json", {"lesson": self.name, "script": self.script,
+                                                  "argv": [a for a in self.argv if _split(a)[0] != "resume"],
                                                   "config": _plain(self.config), "code": code_hash(self.lesson)})
 
     def _flush(self, bar=None):
-        """Read the remembered scalars, stop at a NaN, append the mean since the last time to metrics.jsonl."""
-        rows = [(step, {k: float(v) for k, v in values.items()}) for step, values in self._records]
-        self._records = []
-        for step, values in rows:
-            for name, value in values.items():
-                if not math.isfinite(value):
-                    last = next((p for p in ("last.pt", "previous.pt") if (self.folder / p).exists()), None)
-                    kept = f"the last good checkpoint is {self.folder / last}" if last else "no checkpoint was saved yet"
-                    raise UserError(f"{name} is {value} at step {step}: stopped; {kept}. Try a smaller lr or precision=fp32")
+        """Append the mean of the scalars since the last time to metrics.jsonl."""
+        rows, self._records = self._read_records(), []
         if not rows or not self.is_main:
             return
-        mean = {name: sum(v[name] for _, v in rows) / len(rows) for name in rows[-1][1]}
+        columns = {}
+        for _, values in rows:
+            for name, value in values.items():
+                columns.setdefault(name, []).append(value)
+        mean = {name: sum(column) / len(column) for name, column in columns.items()}
         seconds = time.perf_counter() - self._start
         record = {"step": rows[-1][0], **mean, "seconds": round(self._seconds_before + seconds, 2)}
         with open(self._metrics, "a") as file:
             file.write(json.dumps(record) + "\n")
         if bar is not None and "loss" in mean:
             bar.set_postfix_str(f"loss {mean['loss']:.4f}", refresh=False)
+
+    def _read_records(self):
+        """The remembered scalars as numbers; stops at a NaN."""
+        rows = [(step, {k: float(v) for k, v in values.items()}) for step, values in self._records]
+        for step, values in rows:
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    raise UserError(f"{name} is {value} at step {step}: stopped; {self._kept()}. "
+                                    "Try a smaller lr or precision=fp32")
+        return rows
+
+    def _kept(self):
+        last = next((p for p in ("last.pt", "previous.pt") if (self.folder / p).exists()), None)
+        return f"the last good checkpoint is {self.folder / last}" if last else "no checkpoint was saved yet"
 
     @contextmanager
     def _progress(self, total):
@@ -286,6 +324,8 @@ class Run:
             if self._stop:
                 raise KeyboardInterrupt
             self._stop = True
+            if self.is_main:                           # not print: the signal may have come inside one
+                os.write(2, b"\nstopping after this step; once more to stop at once without saving\n")
 
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -306,12 +346,13 @@ class Run:
     # ------------------------------------------------------------------ checkpoints
     def save(self):
         """Write last.pt whole, keeping the one before as previous.pt. Weights that are not finite are not saved."""
-        self._flush()
+        self._records = self._read_records()           # those of an unfinished line of metrics.jsonl are saved too
         states = {name: _bare(item).state_dict() for name, item in self._tracked.items()}
         bad = [name for name, item in self._tracked.items() if isinstance(item, torch.nn.Module)
                and not all(bool(v.isfinite().all()) for v in item.state_dict().values() if v.is_floating_point())]
         if bad:
-            raise UserError(f"the weights of {bad[0]} are not finite after step {self.step}: stopped without saving")
+            raise UserError(f"the weights of {bad[0]} are not finite after step {self.step}: stopped; {self._kept()}. "
+                            "Try a smaller lr or precision=fp32")
         random = [torch.get_rng_state()]
         cuda = [torch.cuda.get_rng_state()] if self.device.type == "cuda" else []
         if self.world > 1:
@@ -321,9 +362,9 @@ class Run:
         if self.is_main:
             scaler = self.accelerator.scaler
             content = io.BytesIO()                     # serialised in memory: a full disk is then a plain OSError
-            torch.save({"format": FORMAT, "lesson": self.lesson.name, "config": json.dumps(_plain(self.config)),
+            torch.save({"format": FORMAT, "lesson": self.name, "config": json.dumps(_plain(self.config)),
                         "step": self.step, "seconds": self._seconds_before + time.perf_counter() - self._start,
-                        "states": states, "scaler": scaler.state_dict() if scaler else {},
+                        "states": states, "scaler": scaler.state_dict() if scaler else {}, "records": self._records,
                         "random": random, "random_cuda": cuda}, content)
             last = self.folder / "last.pt"
             with atomic(last) as temporary:
@@ -332,38 +373,40 @@ class Run:
                     os.replace(last, self.folder / "previous.pt")
         self.accelerator.wait_for_everyone()
 
-    def _resume(self, argv, cuda):
+    def _resume(self):
         """Find the newest unfinished run and read its checkpoint. Returns its arguments followed by the new ones."""
-        own = load(self.lesson / "config.yaml", self.script, argv, cuda)[self.script]
-        runs = self.lesson / own.runs / ("smoke" if own.smoke else "")
-        folders = sorted((p for p in runs.glob("[0-9]*") if any((p / f).exists() for f in ("last.pt", "previous.pt"))),
-                         reverse=True)
-        open_ = [p for p in folders if not (p / "weights.safetensors").exists()]
-        if not open_:
+        runs = self._runs()
+        folders = [p for p in numbered(runs) if any((p / f).exists() for f in ("last.pt", "previous.pt"))]
+        unfinished = [p for p in folders if not (p / "weights.safetensors").exists()]
+        if not unfinished:
             raise UserError(f"nothing to resume in {runs}: " + ("its runs are finished; " if folders else "")
                             + "start a new one without --resume")
-        self.folder = open_[0]
+        self.folder = unfinished[-1]
         if int(os.environ.get("RANK", 0)) == 0:
             self._hold()
+            for leftover in self.folder.glob(".last.*.pt"):                # of a crash while saving
+                leftover.unlink()
         for name in ("last.pt", "previous.pt"):
             if (self.folder / name).exists():
                 try:
-                    self._resumed = read_checkpoint(self.folder / name, self.lesson.name)
+                    self._resumed = read_checkpoint(self.folder / name, self.name)
                     break
                 except UserError as error:
-                    print(f"{error}; trying the one before", file=sys.stderr)
+                    print(f"{error}", file=sys.stderr)
         if self._resumed is None:
-            raise UserError(f"no usable checkpoint in {self.folder}; train anew without --resume")
+            raise UserError(f"no usable checkpoint in {self.folder}: delete that folder to resume an older run, "
+                            "or start a new one without --resume")
         try:
             before = json.loads((self.folder / "run.json").read_text())["argv"]
         except (OSError, ValueError, KeyError):
             before = []
-        return [a for a in before if a.lstrip("-").partition("=")[0] not in ("runs", "publish")] + argv
+        # An overlay named again would be laid over the values that followed it.
+        laid = [_split(a) for a in before if _split(a)[0] in OVERLAYS]
+        return ([a for a in before if _split(a)[0] not in ("runs", "publish")]
+                + [a for a in self.argv if _split(a) not in laid])
 
     def _check_resumed(self):
         """A resumed run must have the values it was started with, or it would not be the same run."""
-        if self._resumed is None:
-            return
         old, new = json.loads(self._resumed["config"]), _plain(self.config)
         for section in new:
             if section in ("sample", "reproduce"):
@@ -380,39 +423,42 @@ class Run:
 
         networks: sections of the configuration from which sample.py rebuilds the objects (unet=..., ddpm=...).
         """
-        result = None
-        if self.is_main:
-            weights = self.folder / "weights.safetensors"
-            save_weights(ema.module, weights, self.lesson.name, **{k: _plain(v) for k, v in networks.items()})
-            records = [json.loads(line) for line in self._metrics.read_text().splitlines()]
-            pictures = []
-            if records and "loss" in records[0]:
-                from .images import save_losses
-
-                pictures = [save_losses(records, self.folder / "loss.png")]
-            trained = self.step * self.settings.batch_size
-            numbers = {
-                "steps": self.step, "minutes": round(self.seconds / 60, 2),
-                "images_per_second": round(trained / max(self.seconds, 1e-9)),
-                "data_share": round(self._waited / max(time.perf_counter() - self._start, 1e-9), 5),
-                "parameters": sum(p.numel() for p in ema.module.parameters()),
-                "peak_memory_mb": round(peak_memory_mb(self.device)),
-                "loss": records[-1].get("loss") if records else None,
-            }
-            self.record("train", **numbers)
-            if self.settings.publish:
-                for path in [weights, *pictures]:
-                    self.publish(path)
-            print(f"trained for {numbers['minutes']} minutes on {device_name(self.device)}: {weights}")
-            result = SimpleNamespace(folder=self.folder, weights=weights, records=records, **numbers)
+        try:
+            result = self._write_results(ema, networks) if self.is_main else None
+        finally:
+            self._release()
         self.close()
         return result
 
+    def _write_results(self, ema, networks):
+        """What `finish` leaves in the folder; the weights last, for they say that the run is finished."""
+        records = [json.loads(line) for line in self._metrics.read_text().splitlines()]
+        pictures = []
+        if records and "loss" in records[0]:
+            from .images import save_losses
+
+            pictures = [save_losses(records, self.folder / "loss.png")]
+        trained = self.step * self.settings.batch_size
+        numbers = {
+            "steps": self.step, "minutes": round(self.seconds / 60, 2),
+            "images_per_second": round(trained / max(self.seconds, 1e-9)),
+            "data_share": round(self._waited / max(time.perf_counter() - self._start, 1e-9), 5),
+            "parameters": sum(p.numel() for p in ema.module.parameters()),
+            "peak_memory_mb": round(peak_memory_mb(self.device)),
+            "loss": records[-1].get("loss") if records else None,
+        }
+        self.record("train" if self.device.type == "cpu" else "train_gpu", **numbers)
+        weights = self.folder / "weights.safetensors"
+        save_weights(ema.module, weights, self.name, **{k: _plain(v) for k, v in networks.items()})
+        if self.settings.publish:
+            for path in [weights, *pictures]:
+                self.publish(path)
+        print(f"trained for {numbers['minutes']} minutes on {device_name(self.device)}: {weights}")
+        return SimpleNamespace(folder=self.folder, weights=weights, records=records, **numbers)
+
     def close(self):
         """Let go of the folder and of the other processes."""
-        if self._lock is not None:
-            self._lock.__exit__(None, None, None)
-            self._lock = None
+        self._release()
         if self.world > 1:
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
@@ -420,7 +466,7 @@ class Run:
     def record(self, name, **numbers):
         """Write numbers with how they were made to the folder's results.json (and the published one)."""
         entry = {**numbers, "command": " ".join([f"python {self.script}.py", *(
-            a for a in self.argv if a.partition("=")[0] not in ("publish", "runs"))]),
+            a for a in self.argv if _split(a)[0] not in ("publish", "runs"))]),
                  "seed": self.settings.seed, "device": device_name(self.device), "precision": self.precision,
                  "torch": torch.__version__, "script": self.script, "code": code_hash(self.lesson, self.script)}
         for folder in [self.folder] + [self.lesson / "results"] * bool(self.settings.publish):
@@ -452,8 +498,7 @@ class Run:
         Also opens the folder that this run's pictures go to.
         """
         given = getattr(self.settings, "weights", "") or ""
-        trained = sorted((p for p in self._runs().glob("[0-9]*/weights.safetensors")),
-                         key=lambda p: int(p.parent.name))
+        trained = [p / "weights.safetensors" for p in numbered(self._runs()) if (p / "weights.safetensors").exists()]
         published = self.lesson / "results" / "weights.safetensors"
         if given == "published" or not given and not trained and published.exists():
             path, what = published, "published weights"
@@ -464,7 +509,7 @@ class Run:
         else:
             raise UserError(f"no weights in {self._runs()} and none published in {published.parent}: "
                             "run `python train.py` first")
-        loaded = Weights(path, self.lesson.name)
+        loaded = Weights(path, self.name)
         self.say(f"using the {what}: {_short(path)}")
         if path.parent.parent == self._runs():
             self.folder = path.parent
@@ -495,7 +540,10 @@ class Weights:
         if meta.get("lesson") != lesson:
             raise UserError(f"{path} holds weights of {meta.get('lesson', 'something else')}, not of {lesson}: "
                             "choose another file with weights=FILE")
-        self.config = {name: Section(**values) for name, values in json.loads(meta["config"]).items()}
+        try:
+            self.config = {name: Section(**values) for name, values in json.loads(meta["config"]).items()}
+        except (KeyError, ValueError, TypeError, AttributeError):
+            raise UserError(f"{path} does not say how its network is built: train again") from None
 
     def load(self, net):
         """Copy the weights into `net` (float32). Every parameter must be there with its shape."""
@@ -510,12 +558,14 @@ class Weights:
 
 def save_weights(net, path, lesson, **config):
     """Write a network's weights in fp16, with its lesson and the configuration to rebuild it from."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
              for key, value in net.state_dict().items()}
+    if bad := [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise UserError(f"the weights are not finite ({bad[0]}): not written. Try a smaller lr or precision=fp32")
     with atomic(path) as temporary:
-        save_file(state, temporary, metadata={"lesson": lesson, "config": json.dumps(config)})
+        temporary.write_bytes(save(state, {"lesson": lesson, "config": json.dumps(config)}))
 
 
 def read_checkpoint(path, lesson):
@@ -525,11 +575,12 @@ def read_checkpoint(path, lesson):
             if archive.testzip():
                 raise ValueError("damaged")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:                         # whatever a damaged or malicious file provokes
+        if isinstance(error, OSError) and disk_error(error):
+            raise
         raise UserError(f"{_short(path)} is damaged or no checkpoint ({type(error).__name__})") from None
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+    needed = {"lesson", "config", "step", "seconds", "states", "scaler", "random", "random_cuda"}
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or needed - set(saved):
         raise UserError(f"{_short(path)} is not a checkpoint of this course")
     if saved["lesson"] != lesson:
         raise UserError(f"{_short(path)} belongs to {saved['lesson']}, not to {lesson}")
@@ -541,18 +592,19 @@ def trained(train, folder, argv, lesson):
 
     Reused only if arguments, configuration and code are the same.
     """
-    folder = Path(folder)
-    runs = sorted(folder.glob("[0-9]*/run.json"))
+    argv = [*argv, f"runs={folder}"]
+    wanted = _plain(load(Path(lesson) / "config.yaml", "train", argv, torch.cuda.is_available(), quiet=True))
+    runs = Path(folder) / ("smoke" if wanted["train"]["smoke"] else "")
+    runs = [p for p in numbered(runs) if (p / "run.json").exists()]
     if runs:
-        made = json.loads(runs[-1].read_text())
-        wanted = _plain(load(Path(lesson) / "config.yaml", "train", [*argv, f"runs={folder}"], torch.cuda.is_available()))
+        made = json.loads((runs[-1] / "run.json").read_text())
         same = made["code"] == code_hash(lesson) and all(
             made["config"].get(s) == v for s, v in wanted.items() if s not in ("sample", "reproduce"))
-        if same and (runs[-1].parent / "weights.safetensors").exists():
-            return runs[-1].parent / "weights.safetensors"
-        if same and any((runs[-1].parent / name).exists() for name in ("last.pt", "previous.pt")):
-            return train([*argv, f"runs={folder}", "--resume"]).weights
-    return train([*argv, f"runs={folder}"]).weights
+        if same and (runs[-1] / "weights.safetensors").exists():
+            return runs[-1] / "weights.safetensors"
+        if same and any((runs[-1] / name).exists() for name in ("last.pt", "previous.pt")):
+            return train([*argv, "--resume"]).weights
+    return train(argv).weights
 
 
 def ramp(step, warmup, steps):
@@ -562,18 +614,43 @@ def ramp(step, warmup, steps):
 
 def code_hash(lesson, script=None):
     """12 hex digits of the syntax trees of model.py and `script`.py (None: train.py); comments and docstrings free."""
-    digest = hashlib.sha256()
-    for name in dict.fromkeys(("model", script or "train")):
-        path = Path(lesson) / f"{name}.py"
-        if path.exists():
-            tree = ast.parse(path.read_text())
-            for node in ast.walk(tree):
-                body = getattr(node, "body", None)
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and body:
-                    if isinstance(body[0], ast.Expr) and isinstance(getattr(body[0].value, "value", None), str):
-                        node.body = body[1:]
-            digest.update(ast.unparse(tree).encode())   # ast.dump differs between Pythons
-    return digest.hexdigest()[:12]
+    paths = [Path(lesson) / f"{name}.py" for name in dict.fromkeys(("model", script or "train"))]
+    return hashlib.sha256("".join(_tree(path.read_text()) for path in paths if path.exists()).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _tree(source):
+    """Python source as the text of its syntax tree, the same from every Python (ast.dump and ast.unparse differ)."""
+    def text(node):
+        if isinstance(node, list):
+            return f"[{' '.join(map(text, node))}]"
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and ast.get_docstring(node) is not None:
+            fields["body"] = node.body[1:]
+        return f"{type(node).__name__}({' '.join(f'{name}={text(value)}' for name, value in fields.items())})"
+
+    return text(ast.parse(source))
+
+
+def lesson_name(folder):
+    """lesson_05 or lesson_05/sublesson_a: what checkpoints and weights say they belong to."""
+    folder = Path(folder)
+    return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("sublesson") else folder.name
+
+
+def numbered(folder):
+    """The folders in `folder` that are called by a number, in its order."""
+    found = [p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name))
+
+
+def _split(argument):
+    """("resume", "true") for --resume and resume=true: what an argument says."""
+    key, equals, value = argument.lstrip("-").partition("=")
+    return key, value if equals else "true"
 
 
 def _bare(item):

@@ -105,8 +105,13 @@ def _test_features(low=False):
 
 
 def fid_to_test(x, low=False):
-    """FID of images x (N, 1, 28, 28) against the 10,000 test images."""
-    return fid(features(x, low), _test_features(low))
+    """FID of images x (N, 1, 28, 28) against the 10,000 test images.
+
+    low: of first-layer statistics, each in units of its deviation over the test set; reacts to faint noise.
+    """
+    feature, reference = features(x, low), _test_features(low)
+    scale = reference.std(0) if low else 1
+    return fid(feature / scale, reference / scale)
 
 
 @functools.cache
@@ -132,7 +137,7 @@ def score(x, labels=None):
     kid = kid_features_to_metric(feature, reference, kid_subsets=50, kid_subset_size=min(1000, n), verbose=False,
                                  rng_seed=0)
     sample = reference[:n]                             # the manifolds of precision and recall at equal n
-    prc = prc_features_to_metric(sample, feature, verbose=False)
+    prc = prc_features_to_metric(feature, sample, verbose=False)       # generated images first
     digit, confidence = classify(x)
     result = {
         "n": n,
@@ -152,7 +157,7 @@ def report(scores):
     """The scores of `score` as lines to print: every number beside what makes it readable."""
     lines = [f"FID        {scores['fid']:.3f}   (n = {scores['n']}; floor at this n {scores['fid_floor']:.3f}; "
              "features of this course's judge, not Inception)",
-             f"FID-low    {scores['fid_low']:.4f}  (first-layer statistics; floor {scores['fid_low_floor']:.4f})",
+             f"FID-low    {scores['fid_low']:.3f}   (first-layer statistics; floor {scores['fid_low_floor']:.3f})",
              f"KID        {scores['kid']:.5f}",
              f"precision  {scores['precision']:.3f}   recall {scores['recall']:.3f}   (k = 3)",
              f"confidence {scores['confidence']:.3f}   of the label judge"]

@@ -1,0 +1,169 @@
+"""Shared by all tests: lessons imported without mixing them, and scripts run as processes without waiting for torch.
+
+    from conftest import load          load("lesson_05", "model") is the module lesson_05/model.py
+    def test_x(launch):                launch(script, *argv) runs a script in a process of its own
+"""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("model", "train", "sample", "reproduce")
+torch.set_num_threads(1)
+_loaded = {}                                           # lesson folder -> its modules
+
+
+def load(lesson, name):
+    """Import the script `name` of a lesson ("lesson_05", "lesson_05/sublesson_a" or a path), each once.
+
+    The scripts of one lesson share their `model`; those of another lesson never see it.
+    """
+    folder = (ROOT / lesson).resolve()
+    mine = _loaded.setdefault(folder, {})
+    if name in mine:
+        return mine[name]
+    others = {script: sys.modules.pop(script) for script in SCRIPTS if script in sys.modules}
+    sys.modules.update(mine)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(name)
+        assert Path(module.__file__).parent == folder, f"{name} came from {module.__file__}"
+        return module
+    finally:
+        sys.path.remove(str(folder))
+        mine.update({script: sys.modules.pop(script) for script in SCRIPTS if script in sys.modules})
+        sys.modules.update(others)
+
+
+class Process:
+    """A script that was started: `.wait()` gives its exit code; then `.out` and `.err` hold what it printed."""
+
+    def __init__(self, server, request):
+        self.server, self.paths = server, (Path(request["out"]), Path(request["err"]))
+        self.pid, self.code = server.ask(request), None
+
+    def wait(self):
+        if self.code is None:
+            self.code = self.server.ask({"wait": self.pid})
+        return self.code
+
+    out = property(lambda self: self.paths[0].read_text())
+    err = property(lambda self: self.paths[1].read_text())
+
+    def signal(self, number):
+        os.kill(self.pid, number)
+
+    def error(self):
+        """The one line on stderr of a script that ended with exit code 2."""
+        assert self.wait() == 2, self.out + self.err
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in self.err, self.err
+        assert self.err.splitlines()[-1] == lines[0], self.err
+        return lines[0]
+
+
+class Server:
+    """A process that has imported torch once and forks for every script: each starts in a blink."""
+
+    def __init__(self):
+        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"})
+
+    def ask(self, request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def launch(server, tmp_path):
+    """launch(script, *argv, before=code): start a script in a process of its own, after running some code in it."""
+    started = []
+
+    def start(script, *argv, before=""):
+        name = tmp_path / f"process_{len(started)}"
+        started.append(Process(server, {"script": str(ROOT / script), "argv": [str(a) for a in argv], "before": before,
+                                        "out": f"{name}.out", "err": f"{name}.err"}))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.code is None:
+            process.signal(signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def lesson(tmp_path):
+    """A copy of lesson_05 without runs and results."""
+    folder = tmp_path / "lesson_05"
+    folder.mkdir()
+    for name in ("config.yaml", "model.py", "train.py", "sample.py"):
+        shutil.copy(ROOT / "lesson_05" / name, folder)
+    return folder
+
+
+def serve():
+    """The server's side: one JSON request a line; answers with a process id or an exit code."""
+    import runpy
+
+    import accelerate  # noqa: F401
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import torch._dynamo  # noqa: F401                   the first optimizer of a process imports it
+
+    from utils.data import mnist_folder
+
+    mnist_folder()                                     # its checksums are verified once for all
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        elif not (answer := os.fork()):
+            code = 1
+            try:
+                for number, name in ((1, "out"), (2, "err")):
+                    os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+                sys.stdin = open(os.devnull)
+                folder = os.path.dirname(request["script"])
+                os.chdir(folder)
+                sys.path[0], sys.argv = folder, [request["script"], *request["argv"]]
+                exec(request["before"], {})
+                runpy.run_path(request["script"], run_name="__main__")
+                code = 0
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    serve()

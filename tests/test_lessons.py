@@ -1,0 +1,418 @@
+"""The contract of CONTRIBUTING.md, checked for every lesson that lessons.yaml calls ready.
+
+What a lesson's mathematics must satisfy stands in its own test_lesson_NN.py. Who may import whom, copies and the
+table of what is new are checked by tools/lineage.py, the front page by test_tools_frontpage.py.
+"""
+
+import ast
+import hashlib
+import json
+import math
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+
+from conftest import load
+from tools import frontpage, notebook
+from utils import UserError
+from utils.config import OVERLAYS
+
+ROOT = Path(__file__).resolve().parent.parent
+REGISTER = yaml.safe_load((ROOT / "lessons.yaml").read_text(encoding="utf-8"))
+READY = [lesson for lesson in REGISTER if lesson["state"] == "ready"]
+SCRIPTS = ("train", "sample", "reproduce")
+SOURCES = ("model.py", "train.py", "sample.py", "reproduce.py")
+LINES = {"train.py": 90, "sample.py": 75, "model.py": 420}
+PUBLISHED = ("samples.png", "denoising.gif", "loss.png", "claim.png", "claim.json", "results.json",
+             "weights.safetensors")
+HEADINGS = ["The paper in three sentences", "What is new since lesson", "The idea and its equations",
+            "From equation to line", "Run it", "Results", "The claim", "Differences from the paper",
+            "If it looks wrong", "Questions readers ask", "Exercises"]
+LOCAL = ("gpu=false", "device=cpu", "threads=1")       # alike on every machine
+MB = 1e6
+
+
+@pytest.fixture(scope="module", params=READY, ids=[lesson["number"] for lesson in READY])
+def entry(request):
+    """The lesson's entry in the register."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(entry):
+    """The lesson's folder."""
+    return ROOT / entry["folder"]
+
+
+def text(folder, name):
+    """A file of the lesson; the test fails if it is not there."""
+    assert (folder / name).is_file(), f"{folder.relative_to(ROOT)}/{name} is missing"
+    return (folder / name).read_text(encoding="utf-8")
+
+
+def tree(folder, name):
+    """A script of the lesson as a syntax tree."""
+    return ast.parse(text(folder, name), f"{folder.name}/{name}")
+
+
+def git(*arguments):
+    """What git answers; the test is skipped where there is no repository."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+# ------------------------------------------------------------------ files
+def test_register_has_a_ready_lesson():
+    assert READY
+
+
+@pytest.mark.parametrize("name", [*SOURCES, "config.yaml", "README.md", "notebook.ipynb"])
+def test_file_exists(folder, name):
+    assert (folder / name).is_file(), f"{name} is missing"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_result_is_published(folder, name):
+    assert (folder / "results" / name).is_file(), f"results/{name} is missing"
+
+
+def test_no_large_file_in_git():
+    names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    sizes = {name: (ROOT / name).stat().st_size for name in names if (ROOT / name).is_file()}
+    assert sizes and {name: size for name, size in sizes.items() if size > 1.5 * MB} == {}
+
+
+def test_what_a_run_writes_is_not_in_git():
+    assert [name for name in git("ls-files").splitlines() if re.search(r"(^|/)(runs|data|__pycache__)/", name)] == []
+
+
+def test_notebook_is_small(folder):
+    assert len(text(folder, "notebook.ipynb").encode()) < MB           # its content: test_tools_notebook.py
+
+
+@pytest.mark.parametrize("name", ["samples.png", "denoising.gif", "loss.png", "claim.png"])
+def test_pictures_are_pictures(folder, name):
+    with Image.open(folder / "results" / name) as picture:
+        assert min(picture.size) > 50
+        assert picture.convert("L").getextrema() != (0, 0)
+        if name.endswith(".gif"):
+            assert picture.n_frames > 5 and picture.info.get("loop") == 0
+
+
+# ------------------------------------------------------------------ published numbers and weights
+def published_results(folder):
+    return json.loads(text(folder, "results/results.json"))
+
+
+def test_every_number_says_how_it_was_made(folder):
+    results = published_results(folder)
+    entries = {name: one for name, one in results.items() if name != "headline"}
+    assert all(isinstance(one, dict) for one in entries.values()) and "train" in entries
+    for name, one in entries.items():
+        missing = {"command", "seed", "device", "torch", "code"} - set(one)
+        assert not missing, f"{name} lacks {sorted(missing)}"
+        command = one["command"]
+        assert re.match(r"(python|torchrun|accelerate) .*\b(train|sample|reproduce)\.py", command), f"{name}: {command}"
+        assert "smoke" not in command and "quick" not in command, f"{name}: {command}"
+        assert re.fullmatch(r"[0-9a-f]{12}", one["code"]), f"{name}: {one['code']}"
+        assert isinstance(one["seed"], int) and one["device"] and one["torch"]
+    assert entries["train"]["steps"] > 0 and entries["train"]["minutes"] > 0
+    for name, one in entries.items():
+        if "fid" in one:                               # a score is read beside n, floor and network calls
+            assert {"n", "fid_floor", "nfe"} <= set(one), f"{name}: a FID without n, floor or nfe"
+            assert math.isfinite(one["fid"]) and one["n"] >= 2048, f"{name}: FID of n = {one['n']}"
+
+
+def test_headline(folder):
+    assert frontpage.headline(published_results(folder)) != frontpage.NOTHING
+
+
+def test_headline_stands_in_the_readme(folder):
+    """The number on the front page is the one that the lesson prints."""
+    headline = frontpage.headline(published_results(folder))
+    numbers = re.findall(r"FID (\d+(?:\.\d+)?)", headline) or [headline]
+    page = text(folder, "README.md")
+    assert [number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", page)] == []
+
+
+def test_claim_has_a_verdict(folder):
+    claim = text(folder, "results/claim.json")
+    assert json.loads(claim)
+    assert re.search('"(not )?reproduced', claim) and "no verdict" not in claim, "results/claim.json is of a quick look"
+
+
+def test_weights_are_small_and_say_what_they_are(folder):
+    path = folder / "results" / "weights.safetensors"
+    assert path.is_file() and path.stat().st_size <= 1.5 * MB
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+        dtypes = {file.get_tensor(key).dtype for key in file.keys()}
+        assert all(bool(file.get_tensor(key).isfinite().all()) for key in file.keys())
+    assert torch.float16 in dtypes and not {dtype for dtype in dtypes if dtype.is_floating_point} - {torch.float16}
+    assert folder.name in meta["lesson"]
+    config = json.loads(meta["config"])
+    assert config and all(isinstance(section, dict) for section in config.values())
+    assert set(config) <= set(yaml.safe_load(text(folder, "config.yaml")))
+
+
+def test_samples_at_once_from_the_published_weights(folder, tmp_path, capsys):
+    """As right after a clone: no runs; the network is rebuilt from the file, and every weight fits."""
+    before = snapshot(folder)
+    x = load(folder, "sample").main([*LOCAL, f"runs={tmp_path}", "n=4", "steps=3"])
+    assert "published weights" in capsys.readouterr().out
+    assert x.shape == (4, 1, 28, 28) and x.isfinite().all() and x.std() > 0.05
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["samples.png"]
+    assert snapshot(folder) == before
+
+
+# ------------------------------------------------------------------ README.md
+def test_headings(folder, entry):
+    page = re.sub(r"^(```|~~~).*?^\1", "", text(folder, "README.md"), flags=re.S | re.M)
+    found = re.findall(r"^## +(.+?) *$", page, flags=re.M)
+    wanted = list(HEADINGS)
+    if entry["parents"]:
+        wanted[1] += f" {entry['parents'][0]}"
+    else:
+        found[1:1] = [wanted[1]]                       # the first lesson has nothing before it
+    assert [title if title == name else name for title, name in zip(found, wanted)
+            if re.match(rf"{re.escape(name)}(?!\w)", title)] == wanted and len(found) == len(wanted), found
+    assert len(re.findall(r"^# ", page, flags=re.M)) == 1
+
+
+def targets(page):
+    """(what, target) of every link and picture of a page; code and maths hold none."""
+    for pattern, what in ((notebook.PICTURE, "picture"), (notebook.SOURCE, "picture"), (notebook.LINK, "link"),
+                          (notebook.ANCHOR, "link")):
+        yield from ((what, match["target"]) for match in pattern.finditer(page) if match["target"])
+
+
+def anchors(page):
+    """The anchors that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page, flags=re.S | re.M), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_links_and_pictures_exist(folder):
+    page, broken = text(folder, "README.md"), []
+    found = list(targets(page))
+    assert any(what == "picture" for what, _ in found) and any(what == "link" for what, _ in found)
+    for what, target in found:
+        if re.match(r"[a-z]+:", target):               # another host: the Colab badge is the only picture from there
+            if what == "picture" and "colab.research.google.com/assets/colab-badge" not in target:
+                broken.append(f"{target}: pictures come from results/")
+            continue
+        path, _, anchor = unquote(target).partition("#")
+        file = (folder / path).resolve() if path else folder / "README.md"
+        if path.startswith("/") or not file.is_relative_to(ROOT) or not file.exists():
+            broken.append(f"{target}: there is no such file")
+        elif anchor and file.suffix == ".md" and anchor not in anchors(file.read_text(encoding="utf-8")):
+            broken.append(f"{target}: there is no such heading")
+        elif what == "picture" and file.parent != folder / "results":
+            broken.append(f"{target}: pictures come from results/")
+    assert broken == []
+
+
+def test_readme_is_finished(folder):
+    page = text(folder, "README.md")
+    assert not re.search(r"@@|\bTODO\b|\bTBD\b|\bXXX\b", page), "a placeholder is left"
+    lesson = folder.relative_to(ROOT).as_posix()
+    assert f"colab.research.google.com/github/{frontpage.REPOSITORY}/blob/main/{lesson}/notebook.ipynb" in page
+    assert "$" in page
+
+
+# ------------------------------------------------------------------ config.yaml
+def test_config_has_its_sections(folder):
+    config = yaml.safe_load(text(folder, "config.yaml"))
+    assert {"train", "sample", "reproduce", "gpu", "smoke"} <= set(config)
+    assert set(config) - {*SCRIPTS, *OVERLAYS}, "no section for a network"
+    assert {"n", "steps", "weights", "gif", "npz", "metrics"} <= set(config["sample"])
+    for overlay in set(OVERLAYS) & set(config):
+        for section, keys in config[overlay].items():
+            assert set(keys) <= set(config[section]), f"{overlay}: {section} has no such key"
+
+
+def test_every_key_has_a_comment(folder):
+    section, bare = None, []
+    for line in text(folder, "config.yaml").splitlines():
+        if match := re.match(r"(\w+):", line):
+            section = match[1]
+        elif (match := re.match(r"  (\w+):", line)) and section not in OVERLAYS and not re.search(r" # *\S", line):
+            bare.append(f"{section}.{match[1]}")
+    assert bare == []
+
+
+# ------------------------------------------------------------------ scripts
+@pytest.mark.parametrize("name", LINES)
+def test_length(folder, name):
+    assert len(text(folder, name).splitlines()) <= LINES[name]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(folder, script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load(folder, script).main(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    config = yaml.safe_load(text(folder, "config.yaml"))
+    for key in [*config[script], "seed", "device", "threads", "publish"]:
+        assert re.search(rf"^  {key}=.* \S", out, flags=re.M), f"--help does not explain {key}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_unknown_key(folder, script, launch, tmp_path):
+    main = load(folder, script).main
+    with pytest.raises(UserError, match="no_such_key"):
+        main(["no_such_key=1", f"runs={tmp_path}"])
+    with pytest.raises(UserError, match="seed"):
+        main(["sead=1", f"runs={tmp_path}"])
+    with pytest.raises(UserError, match="seed takes a whole number"):
+        main(["seed=soon", f"runs={tmp_path}"])
+    assert "no_such_key" in launch(f"{folder.relative_to(ROOT)}/{script}.py", "no_such_key=1").error()
+    assert list(tmp_path.glob("[!p]*")) == []          # refused before a run began
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_docstrings(folder, name):
+    assert ast.get_docstring(tree(folder, name)), f"{name} has no docstring"
+    assert name != "model.py" or undocumented(tree(folder, name), methods=True) == []
+
+
+def undocumented(module, methods=False):
+    """Public functions and classes of a syntax tree without a docstring; forward() is told by its class."""
+    definitions = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
+    found = [("", node) for node in module.body if isinstance(node, definitions)]
+    if methods:
+        found += [(f"{owner.name}.", node) for _, owner in list(found) if isinstance(owner, ast.ClassDef)
+                  for node in owner.body if isinstance(node, definitions) and node.name != "forward"]
+    return [where + node.name for where, node in found if not node.name.startswith("_") and not ast.get_docstring(node)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "utils").glob("*.py")), ids=lambda path: path.name)
+def test_docstrings_of_utils(path):
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(module) and undocumented(module) == []
+
+
+def test_convention_box(folder):
+    assert "Convention" in (ast.get_docstring(tree(folder, "model.py")) or "")
+    assert "Convention" in text(folder, "README.md")
+
+
+PLACE = re.compile(r"""(?<![\w.:/~])/(home|root|Users|work|tmp|mnt|data|opt|usr|var|content|workspace)(?=[/\s"')])"""
+                   r"|\b[A-Z]:\\\\?\w")
+
+
+def test_no_path_of_a_machine(folder):
+    files = [folder / name for name in (*SOURCES, "config.yaml", "README.md")] + sorted(folder.glob("results/*.json"))
+    found = [f"{path.name}: {match[0]}" for path in files if path.is_file()
+             for match in PLACE.finditer(path.read_text(encoding="utf-8"))]
+    assert found == []
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_device_is_hard_coded(folder, name):
+    for node in ast.walk(tree(folder, name)):
+        assert not (isinstance(node, ast.Constant) and isinstance(node.value, str)
+                    and re.fullmatch(r"(cuda|mps)(:\d+)?", node.value)), f"{name}:{node.lineno}: {node.value}"
+        assert not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                    and node.func.attr == "cuda"), f"{name}:{node.lineno}: .cuda("
+
+
+def test_training_never_leaves_training_mode(folder):
+    for node in ast.walk(tree(folder, "train.py")):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            off = node.func.attr == "train" and [getattr(a, "value", None) for a in node.args] == [False]
+            assert node.func.attr != "eval" and not off, f"train.py:{node.lineno}: sample with ema.module instead"
+
+
+# ------------------------------------------------------------------ train, sample, reproduce, in one process
+def snapshot(folder):
+    """What the scripts must leave alone: results/, what git sees, and the readers' own smoke runs."""
+    files = [path for part in ("results", "runs/smoke") for path in sorted((folder / part).rglob("*"))]
+    seen = {path: hashlib.md5(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    checkout = (ROOT / ".git").exists()
+    status = git("status", "--porcelain", "--untracked-files=all", "--", str(folder)) if checkout else ""
+    return seen, status
+
+
+@pytest.fixture(scope="module")
+def chain(folder, tmp_path_factory):
+    """train -> sample -> reproduce in smoke size, one after the other, into a folder of their own."""
+    runs, before = tmp_path_factory.mktemp("runs"), snapshot(folder)
+    keys = ["smoke=true", *LOCAL, f"runs={runs}"]
+    calls, hook = [], torch.nn.modules.module.register_module_forward_pre_hook(lambda net, _: note(net))
+
+    def note(net):                                     # a network that learns is called: is all of it in training mode?
+        if torch.is_grad_enabled() and any(p.requires_grad for p in net.parameters()):
+            calls.append((net, all(part.training for part in net.modules())))
+
+    try:
+        trained = load(folder, "train").main(keys)
+    finally:
+        hook.remove()
+    sampled = load(folder, "sample").main([*keys, "n=100", "gif=way.gif", "npz=array.npz", "metrics=true"])
+    claim = load(folder, "reproduce").main(keys)
+    return SimpleNamespace(runs=runs / "smoke", trained=trained, sampled=sampled, claim=claim, calls=calls,
+                           untouched=snapshot(folder) == before)
+
+
+def test_training_returns_and_writes(chain, folder):
+    result, config = chain.trained, yaml.safe_load(text(folder, "config.yaml"))
+    steps = config["smoke"]["train"]["steps"]
+    assert result.steps == steps and result.parameters > 0
+    assert math.isfinite(result.loss) and result.images_per_second > 0 and result.peak_memory_mb > 0
+    assert result.weights == chain.runs / "001" / "weights.safetensors"
+    written = {path.name for path in result.weights.parent.iterdir()}
+    assert {"weights.safetensors", "metrics.jsonl", "loss.png", "results.json", "run.json"} <= written
+    lines = [json.loads(line) for line in (result.weights.parent / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == steps and all(math.isfinite(value) for line in lines for value in line.values())
+    every = (config["train"] | config["smoke"]["train"])["preview_every"]
+    assert 0 < every < steps, "the smoke overlay must draw a preview before the last step"
+    assert len([name for name in written if name.startswith("preview_")]) >= steps // every
+
+
+def test_network_learns_in_training_mode_at_every_step(chain):
+    """Sampling a preview must not leave the network in evaluation mode: dropout would stay off."""
+    assert chain.calls, "no network was called with gradients"
+    net = chain.calls[0][0]
+    assert len([one for one, _ in chain.calls if one is net]) >= chain.trained.steps
+    assert sorted({type(one).__name__ for one, training in chain.calls if not training}) == []
+
+
+def test_sampling_returns_and_writes(chain):
+    x, run = chain.sampled, chain.runs / "001"         # beside the weights that it used
+    assert torch.is_tensor(x) and x.shape == (100, 1, 28, 28) and x.isfinite().all() and not x.requires_grad
+    assert {"samples.png", "way.gif", "array.npz", "results.json"} <= {path.name for path in run.iterdir()}
+    array = np.load(run / "array.npz")["arr_0"]
+    assert array.dtype == np.uint8 and array.shape == (100, 28, 28, 1)
+    assert np.abs(array[..., 0] - ((x[:, 0].float().cpu().clamp(-1, 1) + 1) * 127.5).numpy()).max() <= 0.51
+    with Image.open(run / "way.gif") as way:
+        assert way.n_frames > 1
+    results = json.loads((run / "results.json").read_text())
+    scored = [one for name, one in results.items() if name.startswith("sample")]
+    assert len(scored) == 1 and scored[0]["n"] == 100 and scored[0]["fid"] > scored[0]["fid_floor"] > 0
+    for one in (results["train"], *scored):
+        assert {"command", "seed", "device", "torch", "code"} <= set(one)
+        assert str(chain.runs.parent) not in json.dumps(one), "the command tells a path of this machine"
+
+
+def test_reproduce_returns_and_writes(chain):
+    assert isinstance(chain.claim, dict) and chain.claim
+    written = {path.name: path for path in chain.runs.rglob("claim.*")}
+    assert {"claim.json", "claim.png"} <= set(written)
+    assert json.loads(written["claim.json"].read_text())
+    assert not re.search('"(not )?reproduced', written["claim.json"].read_text()), "a smoke run must not give a verdict"
+
+
+def test_results_and_checkout_stay_as_they_were(chain):
+    assert chain.untouched

@@ -1,0 +1,673 @@
+"""utils/run.py: a run that is interrupted, killed, damaged or doubled loses nothing and goes on bit for bit."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from hashlib import md5
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import ROOT, load
+from utils import Run, UserError, Weights, digits, save_weights, trained
+from utils.run import Stopped, code_hash, lesson_name, numbered, ramp, read_checkpoint
+
+train, sample = load("lesson_05", "train"), load("lesson_05", "sample")
+TINY = ["smoke=true", "steps=12", "save_every=4", "log_every=3", "preview_every=0", "batch_size=8", "threads=1",
+        "device=cpu"]
+
+
+def tiny(folder, *argv):
+    return [*TINY, f"runs={folder}", *argv]
+
+
+def run_folder(runs, number=1):
+    return runs / "smoke" / f"{number:03d}"
+
+
+def outcome(folder):
+    """What a training leaves that must not depend on interruptions: weights and losses."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    weights = Weights(folder / "weights.safetensors", "lesson_05")
+    return ({name: item.numpy().tobytes() for name, item in weights.state.items()}, weights.config,
+            [(r["step"], r["loss"]) for r in records])
+
+
+def stop_after(monkeypatch, step):
+    """From now on a run of this process is asked to stop, as by Ctrl-C, after this step."""
+    ask = Run._stop_wanted
+
+    def wanted(run, log_every):
+        if run.step == step:
+            run._stop = True
+        return ask(run, log_every)
+
+    monkeypatch.setattr(Run, "_stop_wanted", wanted)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An uninterrupted run of twelve steps: its folder and its outcome."""
+    runs = tmp_path_factory.mktemp("straight")
+    result = train.main(tiny(runs))
+    return SimpleNamespace(runs=runs, folder=result.folder, result=result, outcome=outcome(result.folder))
+
+
+@pytest.fixture(autouse=True)
+def no_curves(straight, monkeypatch):
+    """Only the straight run draws its loss curve: that takes longer than its training."""
+    monkeypatch.setattr("utils.images.save_losses", lambda records, path: path)
+
+
+@pytest.fixture
+def cut(tmp_path, monkeypatch):
+    """The folder of runs in which one was interrupted after step 9: last.pt at 9, previous.pt at 8."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 9)
+        train.main(tiny(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+def refused(*argv):
+    with pytest.raises(UserError) as info:
+        train.main([*argv])
+    assert "\n" not in str(info.value)
+    return str(info.value)
+
+
+# ------------------------------------------------------------------ one run
+def test_what_a_run_leaves(straight):
+    names = {p.name for p in straight.folder.iterdir()}
+    assert names == {".lock", "last.pt", "previous.pt", "loss.png", "metrics.jsonl", "results.json", "run.json",
+                     "weights.safetensors"}
+    assert [step for step, _ in straight.outcome[2]] == [3, 6, 9, 12]
+    assert straight.result.steps == 12 and straight.result.parameters > 1000
+    entry = json.loads((straight.folder / "results.json").read_text())["train"]
+    assert entry["seed"] == 0 and entry["steps"] == 12 and "runs=" not in entry["command"]
+    assert {"device", "torch", "precision", "code", "minutes", "peak_memory_mb"} <= set(entry)
+    weights = load_file(straight.result.weights)
+    assert all(v.dtype == torch.float16 for v in weights.values())
+    assert straight.result.weights.stat().st_mode & 0o044 == 0o044     # others may read it
+    assert Weights(straight.result.weights, "lesson_05").config["unet"].channels == 8
+
+
+def test_same_seed_same_run_other_seed_another(straight, tmp_path):
+    same, other = (train.main(tiny(tmp_path, f"seed={seed}")).folder for seed in (0, 1))
+    assert (same.name, other.name) == ("001", "002")
+    assert outcome(same) == straight.outcome != outcome(other)
+
+
+def test_previews_do_not_change_the_run(straight, tmp_path):
+    folder = train.main(tiny(tmp_path, "preview_every=6", "save_every=0")).folder
+    assert outcome(folder) == straight.outcome
+    assert {"preview_000006.png", "preview_000012.png"} <= {p.name for p in folder.iterdir()}
+    assert not (folder / "last.pt").exists()
+
+
+def test_values_of_a_line_are_means_over_its_steps(tmp_path):
+    each = outcome(train.main(tiny(tmp_path / "a", "log_every=1", "steps=4")).folder)[2]
+    all_ = outcome(train.main(tiny(tmp_path / "b", "log_every=4", "steps=4")).folder)[2]
+    assert all_ == [(4, sum(loss for _, loss in each) / 4)]
+
+
+def test_log_takes_different_values_at_different_steps(tmp_path):
+    run = Run(ROOT / "lesson_05" / "train.py", tiny(tmp_path, "steps=2", "log_every=2"))
+    for step, _ in run.steps(digits("test", 8, limit=100)):
+        run.log(loss=torch.tensor(1.0 + step))
+        if step == 0:
+            run.log(extra=5.0)
+    assert json.loads((run.folder / "metrics.jsonl").read_text()) | {"seconds": 0} == {
+        "step": 2, "loss": 1.5, "extra": 5.0, "seconds": 0}
+    run.close()
+
+
+def test_ramp():
+    assert [ramp(s, 2, 10) for s in (0, 1, 2, 5, 9)] == pytest.approx([0.5, 0.9, 0.8, 0.5, 0.1])
+    assert ramp(0, 0, 10) == 1
+
+
+# ------------------------------------------------------------------ resuming
+@pytest.mark.parametrize("step", [1, 9, 12])
+def test_resume_equals_the_straight_run(straight, tmp_path, monkeypatch, step):
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"after step {step};.*--resume"):
+        stop_after(patch, step)
+        train.main(tiny(tmp_path))
+    result = train.main([f"runs={tmp_path}", "smoke=true", "--resume"])
+    assert result.folder == run_folder(tmp_path) and outcome(result.folder) == straight.outcome
+
+
+def test_resume_after_two_interruptions_and_a_crash_between_checkpoints(straight, tmp_path, monkeypatch):
+    for step in (5, 10):
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_after(patch, step)
+            train.main(tiny(tmp_path) if step == 5 else [f"runs={tmp_path}", "--resume", "--smoke"])
+    folder = run_folder(tmp_path)
+    (folder / "last.pt").unlink()                      # as if the last save had never been: back to step 8
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 11, "loss": 7.0}\n{"step": 12, "lo')       # logged after the checkpoint, and cut off
+    assert outcome(train.main(tiny(tmp_path, "--resume")).folder) == straight.outcome
+
+
+def test_resume_carries_the_arguments_and_refuses_others(cut, straight):
+    base = [f"runs={cut}", "smoke=true", "--resume"]
+    assert "started with train.lr=0.002, now it is 0.5" in refused(*base, "lr=0.5")
+    assert "started with unet.channels=8, now it is 16" in refused(*base, "channels=16")
+    assert outcome(train.main([*base, "log_every=3", "save_every=1", "train.resume=true"]).folder) == straight.outcome
+
+
+def test_nothing_to_resume(straight, tmp_path):
+    assert "nothing to resume" in refused(f"runs={tmp_path}", "--resume")
+    assert "its runs are finished" in refused(f"runs={straight.runs}", "--resume", "smoke=true")
+    for argument in ("resume=True", "train.resume=true", "resume=yes"):
+        assert "nothing to resume" in refused(f"runs={tmp_path}", argument)
+
+
+def test_resume_takes_the_newest_unfinished(cut, straight):
+    for number in (2, 10, 999, 1000):
+        folder = run_folder(cut, number)
+        folder.mkdir()
+        (folder / "last.pt").write_bytes((run_folder(cut) / "last.pt").read_bytes())
+    for name in ("1001x", "notes"):
+        run_folder(cut).with_name(name).mkdir()
+    run_folder(cut, 1001).mkdir()                      # begun, nothing saved
+    assert [p.name for p in numbered(cut / "smoke")] == ["001", "002", "010", "999", "1000", "1001"]
+    run_folder(cut, 1000).joinpath("run.json").write_bytes((run_folder(cut) / "run.json").read_bytes())
+    assert train.main([f"runs={cut}", "smoke=true", "--resume"]).folder.name == "1000"
+
+
+def test_a_new_run_beside_an_unfinished_one(cut):
+    assert train.main(tiny(cut)).folder.name == "002"
+
+
+# ------------------------------------------------------------------ damaged, foreign and malicious checkpoints
+def damage(path, kind):
+    content = bytearray(path.read_bytes())
+    if kind == "truncated":
+        content = content[:len(content) * 2 // 3]
+    elif kind == "empty":
+        content = b""
+    elif kind == "text":
+        content = b"not a checkpoint"
+    else:
+        content[int(len(content) * kind)] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", 0.1, 0.5, 0.8])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(cut, straight, capsys, kind):
+    damage(run_folder(cut) / "last.pt", kind)
+    assert outcome(train.main(tiny(cut, "--resume")).folder) == straight.outcome
+    captured = capsys.readouterr()
+    assert "last.pt is damaged" in captured.err and "after step 8" in captured.out
+
+
+def test_two_damaged_checkpoints_are_one_error_and_nothing_is_deleted(launch, cut):
+    folder = run_folder(cut)
+    damage(folder / "last.pt", "truncated")
+    damage(folder / "previous.pt", 0.5)
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    assert "no usable checkpoint" in launch("lesson_05/train.py", *tiny(cut, "--resume")).error()
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_every_flipped_byte_is_noticed_or_harmless(cut):
+    path = run_folder(cut) / "last.pt"
+    content, good = path.read_bytes(), read_checkpoint(path, "lesson_05")
+    generator, noticed = torch.Generator().manual_seed(0), 0
+    places = torch.randint(len(content), (20,), generator=generator).tolist() + list(range(12)) + [-1, -9, -20, -60]
+    for place in places:
+        changed = bytearray(content)
+        changed[place] ^= 1 << (place % 8)
+        path.write_bytes(changed)
+        try:
+            saved = read_checkpoint(path, "lesson_05")
+        except UserError:
+            noticed += 1
+        else:
+            assert same(saved, good)
+    assert noticed > len(places) / 2
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("form", ["pickle", "zip", "inside"])
+def test_code_in_a_checkpoint_is_never_run(cut, straight, tmp_path, capsys, form):
+    last, marker = run_folder(cut) / "last.pt", tmp_path / "marker"
+    if form == "pickle":
+        last.write_bytes(pickle.dumps(Evil(marker)))
+    else:
+        content = torch.load(last, weights_only=True)
+        torch.save(Evil(marker) if form == "zip" else content | {"extra": Evil(marker)}, last)
+    assert outcome(train.main(tiny(cut, "--resume")).folder) == straight.outcome
+    assert not marker.exists() and "damaged or no checkpoint" in capsys.readouterr().err
+    if form == "zip":                                  # the trap is a real one
+        torch.save(Evil(marker), last)
+        torch.load(last, weights_only=False)
+        assert marker.exists()
+
+
+def test_foreign_checkpoints(cut, capsys):
+    last = run_folder(cut) / "last.pt"
+    content = torch.load(last, weights_only=True)
+    torch.save(content | {"lesson": "lesson_99"}, last)
+    torch.save({"step": 3}, last.with_name("previous.pt"))
+    assert "no usable checkpoint" in refused(*tiny(cut, "--resume"))
+    err = capsys.readouterr().err
+    assert "last.pt belongs to lesson_99, not to lesson_05" in err
+    assert "previous.pt is not a checkpoint of this course" in err
+    del content["random"]
+    torch.save(content, last)
+    assert "no usable checkpoint" in refused(*tiny(cut, "--resume"))
+
+
+def test_a_checkpoint_of_another_shape(cut):
+    last = run_folder(cut) / "last.pt"
+    content = torch.load(last, weights_only=True)
+    content["states"]["net"].popitem()
+    torch.save(content, last)
+    assert "does not fit" in refused(*tiny(cut, "--resume"))
+    assert "does not fit" in refused(*tiny(cut, "--resume"))           # and not: is being trained
+
+
+# ------------------------------------------------------------------ weights files
+@pytest.fixture
+def weights(straight, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(straight.result.weights.read_bytes())
+    return path
+
+
+def test_sample_without_any_weights(launch, lesson):
+    error = launch(lesson / "sample.py").error()
+    assert "no weights in" in error and "python train.py" in error
+    assert "there is no weights file" in launch(lesson / "sample.py", "weights=published").error()
+    assert "there is no weights file nowhere.pt" in launch(lesson / "sample.py", "weights=nowhere.pt").error()
+
+
+def test_sample_takes_the_newest_then_the_published_and_says_which(lesson, weights, launch):
+    (lesson / "results").mkdir()
+    (lesson / "results" / "weights.safetensors").write_bytes(weights.read_bytes())
+    script, argv = lesson / "sample.py", ["smoke=true", "threads=1"]
+    first = launch(script, *argv)
+    assert first.wait() == 0 and "using the published weights: " in first.out, first.err
+    assert (lesson / "runs/smoke/published/samples.png").exists()
+    for number in ("009", "010"):
+        (lesson / "runs/smoke" / number).mkdir()
+        (lesson / "runs/smoke" / number / "weights.safetensors").write_bytes(weights.read_bytes())
+    second = launch(script, *argv)
+    assert second.wait() == 0 and "weights of your training run 010" in second.out, second.err
+    assert (lesson / "runs/smoke/010/samples.png").exists()
+    third = launch(script, *argv, "weights=published", "gif=a.gif", "npz=b.npz")
+    assert third.wait() == 0 and "using the published weights: " in third.out, third.err
+    assert (lesson / "runs/smoke/published/a.gif").exists() and (lesson / "runs/smoke/published/b.npz").exists()
+    assert "between 2 and" in launch(script, *argv, "steps=5000").error()
+
+
+def test_bad_weights_files_are_one_line(launch, weights, tmp_path):
+    whole, state = weights.read_bytes(), load_file(weights)
+    config = json.dumps({"unet": dict(Weights(weights, "lesson_05").config["unet"]), "ddpm": {}})
+    files = {
+        "truncated": (whole[:len(whole) // 2], "not a readable safetensors file"),
+        "empty": (b"", "not a readable safetensors file"),
+        "pickle": (pickle.dumps(Evil(tmp_path / "marker")), "not a readable safetensors file"),
+        "other": ({"lesson": "lesson_99", "config": config}, "holds weights of lesson_99, not of lesson_05"),
+        "bare": (None, "holds weights of something else"),
+        "no_config": ({"lesson": "lesson_05"}, "does not say how its network is built"),
+        "shape": ({"lesson": "lesson_05", "config": config.replace('"channels": 8', '"channels": 16')},
+                  "does not fit this network"),
+    }
+    for name, (content, part) in files.items():
+        path = tmp_path / f"{name}.safetensors"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            save_file(state, path, metadata=content)
+        if name in ("truncated", "shape"):             # as a process, and
+            assert part in launch("lesson_05/sample.py", f"weights={path}", "smoke=true", f"runs={tmp_path}").error()
+        with pytest.raises(UserError, match=part) as info:             # in this one
+            sample.main([f"weights={path}", "smoke=true", f"runs={tmp_path}", "threads=1"])
+        assert "\n" not in str(info.value) and str(path) in str(info.value)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_weights_of_a_larger_network_than_config_yaml_says(weights, tmp_path):
+    x = sample.main([f"weights={weights}", f"runs={tmp_path}", "n=2", "steps=2", "threads=1", "device=cpu"])
+    assert x.shape == (2, 1, 28, 28)                   # config.yaml's own U-Net is wider; the file decides
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path):
+    net = torch.nn.Linear(2, 2)
+    save_weights(net, tmp_path / "w.safetensors", "lesson_05", unet={"channels": 3})
+    before = (tmp_path / "w.safetensors").read_bytes()
+    for value in (float("nan"), 1e6):                  # 1e6 is above what fp16 holds
+        net.weight.data[0, 0] = value
+        with pytest.raises(UserError, match="not finite"):
+            save_weights(net, tmp_path / "w.safetensors", "lesson_05")
+    assert (tmp_path / "w.safetensors").read_bytes() == before
+
+
+def test_names_of_lessons():
+    assert lesson_name("/a/lesson_05") == "lesson_05"
+    assert lesson_name("/a/lesson_05/sublesson_a") == "lesson_05/sublesson_a"
+
+
+# ------------------------------------------------------------------ a loss that is not a number
+def test_nan_stops_and_keeps_the_last_good_checkpoint(launch, straight, tmp_path):
+    blow_up = "import torch, utils.run as r; old = r.Run.log\n" \
+              "r.Run.log = lambda run, loss: old(run, loss=loss * (float('nan') if run.step >= 10 else 1))"
+    error = launch("lesson_05/train.py", *tiny(tmp_path), before=blow_up).error()
+    assert "loss is nan at step 11: stopped" in error and str(run_folder(tmp_path) / "last.pt") in error
+    assert read_checkpoint(run_folder(tmp_path) / "last.pt", "lesson_05")["step"] == 8
+    assert outcome(train.main(tiny(tmp_path, "--resume")).folder) == straight.outcome
+
+
+def test_a_diverging_run_saves_nothing_that_is_not_finite(tmp_path):
+    for log_every in (3, 100):                         # seen in the loss, or in the weights
+        error = refused(*tiny(tmp_path, "lr=1e30", "warmup=0", "save_every=1", f"log_every={log_every}"))
+        assert "stopped; " in error and "smaller lr" in error and "step" in error
+    for path in tmp_path.glob("**/*.pt"):
+        for item in read_checkpoint(path, "lesson_05")["states"]["net"].values():
+            assert item.isfinite().all()
+
+
+# ------------------------------------------------------------------ interrupted and killed
+def wait_for(condition, process, seconds=60):
+    start = time.time()
+    while not condition():
+        assert time.time() - start < seconds, process.out + process.err
+        time.sleep(0.02)
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_resumes(tmp_path):
+    # A real process this time, from the command line.
+    folder = run_folder(tmp_path)
+    command = [sys.executable, "train.py", *tiny(tmp_path), "steps=3000", "log_every=1"]
+    with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
+        process = subprocess.Popen(command, cwd=ROOT / "lesson_05", stdout=out, stderr=err)
+    metrics = folder / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, SimpleNamespace(out="no step", err=""))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    error = (tmp_path / "err").read_text()
+    assert "Traceback" not in error and f"go on with: python train.py --resume smoke=true runs={tmp_path}" in error
+    step = read_checkpoint(folder / "last.pt", "lesson_05")["step"]
+    assert 0 < step < 3000 and f"after step {step};" in error
+
+
+def test_ctrl_c_once_and_twice(launch, tmp_path, straight):
+    slow = "import time, utils.data as d; old = d.Digits.batch\n" \
+           "d.Digits.batch = lambda *a: (time.sleep(0.3 if a[1] > 5 else 0), old(*a))[1]"
+    metrics = run_folder(tmp_path) / "metrics.jsonl"
+    process = launch("lesson_05/train.py", *tiny(tmp_path), before=slow)
+    wait_for(lambda: metrics.exists() and '"step": 6' in metrics.read_text(), process)
+    process.signal(signal.SIGINT)
+    assert process.wait() == 130 and "go on with" in process.err and "once more" in process.err
+    assert outcome(train.main(tiny(tmp_path, "--resume")).folder) == straight.outcome
+
+    twice = slow.replace("0.3", "60")                  # hangs in step 7; a first signal waits for its end
+    metrics = run_folder(tmp_path, 2) / "metrics.jsonl"
+    process = launch("lesson_05/train.py", *tiny(tmp_path), before=twice)
+    wait_for(lambda: metrics.exists() and '"step": 6' in metrics.read_text(), process)
+    process.signal(signal.SIGTERM)
+    wait_for(lambda: "once more" in process.err, process)
+    process.signal(signal.SIGINT)
+    assert process.wait() == 130 and process.err.endswith("stopped\n") and "Traceback" not in process.err
+    assert outcome(train.main(tiny(tmp_path, "--resume")).folder) == straight.outcome
+
+
+KILL = """
+import os, signal, utils.files as files
+real, calls = {"replace": os.replace, "fsync": os.fsync}, []
+def hook(name, after):
+    def call(*args):
+        if "last.pt" in str(args) or name == "fsync":
+            calls.append(name)
+            if len(calls) == AT and not after: os.kill(os.getpid(), signal.SIGKILL)
+            result = real[name](*args)
+            if len(calls) == AT and after: os.kill(os.getpid(), signal.SIGKILL)
+            return result
+        return real[name](*args)
+    return call
+os.replace, os.fsync = hook("replace", AFTER), hook("fsync", AFTER)
+"""
+
+
+def test_kill_in_the_middle_of_a_save(launch, straight, tmp_path):
+    # Calls of one run: run.json and metrics.jsonl (two fsync each), then for each checkpoint
+    # [rename last to previous], fsync, rename to last, fsync of the folder: 5 to 7 the first, 8 to 11 the second.
+    cases = [(5, True), (8, False), (8, True), (10, False), (10, True)]
+    killed = [(launch("lesson_05/train.py", *tiny(tmp_path / f"{at}{after}"),
+                      before=KILL.replace("AT", str(at)).replace("AFTER", str(after))), tmp_path / f"{at}{after}")
+              for at, after in cases]
+    states = set()
+    for process, runs in killed:
+        assert process.wait() == -signal.SIGKILL, process.err
+        folder = run_folder(runs)
+        kept = tuple(name for name in ("last.pt", "previous.pt") if (folder / name).exists())
+        states.add(kept)
+        for name in kept:
+            read_checkpoint(folder / name, "lesson_05")                # whole, whenever it was killed
+        if kept:
+            assert outcome(train.main(tiny(runs, "--resume")).folder) == straight.outcome
+        else:
+            assert "nothing to resume" in refused(*tiny(runs, "--resume"))
+        assert not list(folder.glob(".last*")) or not kept             # leftovers are cleared away
+    assert states == {(), ("last.pt",), ("previous.pt",), ("last.pt", "previous.pt")}
+
+
+def test_kill_at_random_moments(launch, straight, tmp_path):
+    runs, generator, saved = tmp_path, torch.Generator().manual_seed(time.time_ns() % 2**32), []
+    for attempt in range(4):
+        saved = list(run_folder(runs).glob("*.pt"))
+        process = launch("lesson_05/train.py", *tiny(runs, "save_every=1"), *["--resume"] * bool(saved))
+        time.sleep(0.3 + 0.4 * float(torch.rand((), generator=generator)))
+        process.signal(signal.SIGKILL)
+        process.wait()
+        if not saved and not list(run_folder(runs).glob("*.pt")):
+            runs = tmp_path / f"again_{attempt}"       # killed before the first checkpoint: nothing to go on with
+    if not (run_folder(runs) / "weights.safetensors").exists():
+        saved = list(run_folder(runs).glob("*.pt"))
+        train.main(tiny(runs, "save_every=1", *["--resume"] * bool(saved)))
+    assert [outcome(p) for p in numbered(runs / "smoke") if (p / "weights.safetensors").exists()] == [straight.outcome]
+
+
+# ------------------------------------------------------------------ two at once
+def test_two_trainings_at_once_and_no_resume_of_a_running_one(launch, straight, tmp_path):
+    slow = "import time, utils.data as d; old = d.Digits.batch\n" \
+           "d.Digits.batch = lambda *a: (time.sleep(60 if a[1] == 9 else 0), old(*a))[1]"
+    both = [launch("lesson_05/train.py", *tiny(tmp_path), before=slow) for _ in range(2)]
+    for number in (1, 2):
+        wait_for(lambda: (run_folder(tmp_path, number) / "previous.pt").exists(), both[0])  # noqa: B023
+    error = launch("lesson_05/train.py", *tiny(tmp_path, "--resume")).error()
+    assert "is being trained by another process" in error and "without --resume" in error
+    for process in both:
+        process.signal(signal.SIGKILL)
+        process.wait()
+    assert [p.name for p in numbered(tmp_path / "smoke")] == ["001", "002"]
+    for name in ("002", "001"):                        # the system let go of both
+        result = train.main(tiny(tmp_path, "--resume"))
+        assert result.folder.name == name and outcome(result.folder) == straight.outcome
+
+
+def test_an_exception_lets_go_of_the_folder(cut):
+    # A notebook keeps the last exception, and with it the run: --resume in the next cell must work.
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 10)
+        try:
+            train.main(tiny(cut, "--resume"))
+        except Stopped as error:
+            kept.append(error)
+        patch.setattr(Run, "backward", lambda *a: 1 / 0)
+        try:
+            train.main(tiny(cut, "--resume"))
+        except ZeroDivisionError as error:
+            kept.append(error)
+    with pytest.raises(UserError, match="now it is") as info:
+        train.main(tiny(cut, "--resume", "lr=1"))
+    assert train.main(tiny(cut, "--resume")).steps == 12 and len(kept) == 2 and info
+
+
+# ------------------------------------------------------------------ disks
+def test_a_full_disk_keeps_the_last_checkpoint(launch, straight, tmp_path):
+    # The system itself refuses files above a limit that the second checkpoint would break.
+    limit = "import resource, utils.run as r; old = r.Run.save\n" \
+            "def save(run):\n" \
+            "    if run.step == 8: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))\n" \
+            "    old(run)\n" \
+            "r.Run.save = save"
+    error = launch("lesson_05/train.py", *tiny(tmp_path), before=limit).error()
+    assert "last.pt" in error and "larger than allowed" in error
+    folder = run_folder(tmp_path)
+    assert read_checkpoint(folder / "last.pt", "lesson_05")["step"] == 4 and not list(folder.glob(".last*"))
+    full = "import errno, pathlib; old = pathlib.Path.write_bytes\n" \
+           "def write(path, content):\n" \
+           "    old(path, content[:len(content) // 2])\n" \
+           "    raise OSError(errno.ENOSPC, 'No space left on device')\n" \
+           "pathlib.Path.write_bytes = write"
+    error = launch("lesson_05/train.py", *tiny(tmp_path, "--resume"), before=full).error()
+    assert "last.pt" in error and "the disk is full; free some space" in error
+    assert read_checkpoint(folder / "last.pt", "lesson_05")["step"] == 4 and not list(folder.glob(".last*"))
+    full = full.replace("def write(path, content):", "def write(path, content):\n    if path.suffix == '.pt': return "
+                        "old(path, content)")          # checkpoints fit, the pictures at the end do not
+    assert "the disk is full" in launch("lesson_05/train.py", *tiny(tmp_path, "--resume"), before=full).error()
+    assert not (folder / "weights.safetensors").exists()
+    assert outcome(train.main(tiny(tmp_path, "--resume")).folder) == straight.outcome
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and /dev/full")
+def test_places_that_cannot_be_written_are_one_line(launch, weights, tmp_path):
+    (tmp_path / "file").write_text("here")
+    for runs, part in (("/proc/x", "/proc/x"), (tmp_path / "file", "a file stands where a folder is needed"),
+                       (tmp_path / "file" / "sub", "a file stands where a folder is needed"),
+                       (tmp_path / ("x" * 300), "the name is too long")):
+        assert part in launch("lesson_05/train.py", *tiny(runs)).error()
+    argv = ["smoke=true", f"weights={weights}", f"runs={tmp_path / 'runs'}", "threads=1"]
+    assert part in launch("lesson_05/sample.py", *argv, f"gif={'x' * 300}.gif").error()
+    assert "a device, not a file" in launch("lesson_05/sample.py", *argv, "npz=/dev/full").error()
+    assert "a device, not a file" in launch("lesson_05/sample.py", *argv, f"npz={tmp_path}").error()
+    assert os.path.exists("/dev/full") and not os.path.isfile("/dev/full")
+    assert (tmp_path / "file").read_text() == "here"
+
+
+# ------------------------------------------------------------------ several processes
+WORKER = """
+import hashlib, json, os, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, LESSON)
+import train, utils
+from model import DDPM
+from utils.run import Run, Stopped
+images, draws, stop = [], [], [4]
+steps, loss, finish = Run.steps, DDPM.loss, Run.finish
+
+def watched_steps(run, data):
+    for step, (x0, labels) in steps(run, data):
+        images.append([hashlib.md5(image.numpy().tobytes()).hexdigest() for image in x0])
+        run._stop = run._stop or run.rank == 1 and step in stop        # one of the two is asked to stop
+        yield step, (x0, labels)
+
+def watched_loss(ddpm, net, x0):
+    draws.append(hashlib.md5(torch.get_rng_state().numpy().tobytes()).hexdigest())
+    return loss(ddpm, net, x0)
+
+def watched_finish(run, ema, **networks):
+    text = lambda net: hashlib.md5(b"".join(p.detach().numpy().tobytes() for p in net.parameters())).hexdigest()
+    Path(OUT, f"rank{run.rank}.json").write_text(json.dumps({
+        "net": text(run._tracked["net"]), "ema": text(ema.module), "images": images, "draws": draws,
+        "folder": str(run.folder), "world": run.world, "stopped": stopped}))
+    return finish(run, ema, **networks)
+
+Run.steps, DDPM.loss, Run.finish = watched_steps, watched_loss, watched_finish
+try:
+    train.main(sys.argv[1:])
+except Stopped as error:
+    stopped = str(error)
+stop.clear()
+utils.cli(lambda: train.main([*sys.argv[1:], "--resume"]))
+"""
+
+
+def test_two_processes_train_one_model(launch, tmp_path):
+    # One model and one folder, halves of the batches that one process sees, noise of their own; stopped by a signal
+    # to one of them, resumed by both.
+    script, argv = tmp_path / "worker.py", tiny(tmp_path / "runs")
+    script.write_text(WORKER.replace("LESSON", repr(str(ROOT / "lesson_05"))).replace("OUT", repr(str(tmp_path))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run([*command, *argv], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    folder = run_folder(tmp_path / "runs")
+    for rank in ranks:
+        assert rank["world"] == 2 and rank["folder"] == str(folder) and len(rank["images"]) == 12
+        assert rank["stopped"].startswith("stopped and saved after step 6;")
+        assert "torchrun --nproc_per_node 2 train.py --resume" in rank["stopped"]
+    assert ranks[0]["net"] == ranks[1]["net"] and ranks[0]["ema"] == ranks[1]["ema"] != ranks[0]["net"]
+    assert len({*ranks[0]["draws"], *ranks[1]["draws"]}) == 24
+    data = digits("train", 8)
+    for step in range(12):
+        whole = {md5(image.numpy().tobytes()).hexdigest() for image in data.batch(step)[0]}
+        halves = [set(rank["images"][step]) for rank in ranks]
+        assert len(halves[0]) == len(halves[1]) == 4 and halves[0] | halves[1] == whole
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()] == [3, 6, 9, 12]
+    assert len(numbered(tmp_path / "runs" / "smoke")) == 1
+    (folder / "weights.safetensors").unlink()          # as if it had not finished: one process must not go on alone
+    assert "was trained by 2 processes, not 1" in launch("lesson_05/train.py", *argv, "--resume").error()
+
+
+def test_batch_size_must_suit_the_processes(tmp_path):
+    run = Run(ROOT / "lesson_05" / "train.py", tiny(tmp_path))
+    run.world = 3
+    with pytest.raises(UserError, match="batch_size=8 must be a multiple of the 3 processes"):
+        next(run.steps(digits("test", 8, limit=100)))
+
+
+# ------------------------------------------------------------------ arms of a claim
+def test_trained_reuses_resumes_and_retrains(straight, tmp_path, monkeypatch):
+    calls = []
+
+    def main(argv):
+        calls.append(argv)
+        return train.main(argv)
+
+    def arm(*argv):
+        return trained(main, tmp_path, [*TINY, *argv], ROOT / "lesson_05")
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 7)
+        arm()
+    path = arm()                                       # resumed
+    assert "--resume" in calls[-1] and outcome(path.parent) == straight.outcome
+    assert arm() == path and len(calls) == 2           # reused
+    other = arm("lr=1e-3")                             # another value: trained anew
+    assert other.parent.name == "002" and len(calls) == 3 and arm("lr=1e-3") == other and len(calls) == 3
+
+
+def test_code_hash_sees_code_and_not_comments(lesson):
+    first = code_hash(lesson)
+    text = (lesson / "model.py").read_text()
+    (lesson / "model.py").write_text("# a comment\n" + text.replace('"""', '"""More. ', 1))
+    assert code_hash(lesson) == first == code_hash(ROOT / "lesson_05")
+    (lesson / "model.py").write_text(text + "\nx = 1\n")
+    assert code_hash(lesson) != first

@@ -1,0 +1,416 @@
+"""The small parts of utils: averages of weights, pictures, files, scores, the device; and what `import utils` costs."""
+
+import ast
+import copy
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import utils
+from conftest import ROOT, load
+from utils import EMA, Run, UserError, atomic, classify, digits, fid_to_test, floor, report, score, to_uint8, write_json
+from utils import images as pictures
+from utils import scores as judging
+from utils.device import auto_precision, device_name, fast_bf16, peak_memory_mb
+from utils.errors import cli, disk_error
+from utils.files import lock
+
+
+# ------------------------------------------------------------------ averages of weights
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        return self.norm(self.linear(x))
+
+
+def test_ema_is_the_closed_form_of_its_warm_up():
+    # weights(k) = w_k; the first update copies; with n updates done the decay is min(decay, (1 + n) / (10 + n)).
+    net = Net().double()
+    ema = EMA(net, decay=0.9)
+    values = torch.linspace(-1, 1, 200, dtype=torch.float64).sin() * 3
+    shares = torch.zeros(200, dtype=torch.float64)     # of each w_k in the average
+    for n, value in enumerate(values):
+        nn.init.constant_(net.linear.weight, value)
+        ema.update(net)
+        decay = min(0.9, (1 + n) / (10 + n)) if n else 0.0
+        shares *= decay
+        shares[n] += 1 - decay
+        expected = (shares * values).sum().item()
+        assert ema.module.linear.weight[0, 0].item() == pytest.approx(expected, abs=1e-13)
+    assert shares.sum().item() == pytest.approx(1) and int(ema.n_averaged) == 200
+    assert (1 + 79) / (10 + 79) < 0.9 < (1 + 82) / (10 + 82)          # both branches were seen
+
+
+def test_ema_moves_and_ends_near_the_weights():
+    net = Net()
+    ema = EMA(net, 0.9)
+    before = ema.module.linear.weight.clone()
+    nn.init.constant_(net.linear.weight, 5.0)
+    ema.update(net)
+    assert torch.equal(ema.module.linear.weight, net.linear.weight)
+    nn.init.constant_(net.linear.weight, 7.0)
+    ema.update(net)
+    assert 5 < ema.module.linear.weight[0, 0] < 7 and not torch.equal(ema.module.linear.weight, before)
+    for _ in range(300):
+        ema.update(net)
+    assert torch.allclose(ema.module.linear.weight, net.linear.weight)
+    assert net.linear.weight.requires_grad and net.training            # the network itself is left alone
+    assert not ema.module.training and not any(p.requires_grad for p in ema.module.parameters())
+
+
+def test_ema_copies_buffers_and_survives_a_checkpoint():
+    net = Net()
+    ema = EMA(net)
+    for _ in range(3):
+        net(torch.randn(8, 3))
+        net.count += 1
+        ema.update(net)
+    assert torch.equal(ema.module.norm.running_mean, net.norm.running_mean) and int(ema.module.count) == 3
+    other = EMA(Net())
+    other.load_state_dict(copy.deepcopy(ema.state_dict()))
+    nn.init.constant_(net.linear.weight, 2.0)
+    for average in (ema, other):
+        average.update(net)
+    assert torch.equal(ema.module.linear.weight, other.module.linear.weight)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_ema_of_a_prepared_network_is_a_network_of_its_own(tmp_path, precision):
+    run = Run(ROOT / "lesson_05" / "train.py", ["smoke=true", f"runs={tmp_path}", f"precision={precision}",
+                                                "device=cpu", "threads=1"])
+    net = run.prepare(nn.Linear(3, 3))
+    ema, x = EMA(net), torch.randn(5, 3)
+    start = ema.module(x)
+    assert start.dtype == torch.float32 and torch.equal(start, net(x))
+    nn.init.constant_(net.weight, 1.0)
+    assert torch.equal(ema.module(x), start) and not torch.equal(net(x), start)
+    ema.update(net)
+    assert torch.equal(ema.module(x), net(x))
+    exact = nn.functional.linear(x, net.weight, net.bias)
+    assert torch.equal(ema.module(x), exact) == (precision == "fp32")  # the average computes as the network does
+
+
+# ------------------------------------------------------------------ pictures
+@pytest.mark.parametrize("n, columns, size", [(64, None, (8, 8)), (5, None, (3, 2)), (1, None, (1, 1)), (6, 6, (6, 1)),
+                                              (7, 3, (3, 3))])
+def test_sizes_of_grids(tmp_path, n, columns, size):
+    x = torch.rand(n, 1, 28, 28) * 2 - 1
+    path = pictures.save_grid(x, tmp_path / "deep" / "grid.png", columns)
+    with Image.open(path) as picture:
+        assert picture.size == tuple(2 * (29 * count + 1) for count in size) and picture.mode == "L"
+        array = np.asarray(picture)
+    assert np.array_equal(array[2:58:2, 2:58:2], to_uint8(x[0, 0]).numpy())
+    assert pictures.grid(torch.zeros(2, 3, 8, 8), scale=1).mode == "RGB"
+
+
+def test_strips_put_rows_under_each_other(tmp_path):
+    rows = [torch.full((3, 1, 28, 28), value) for value in (-1.0, 1.0)]
+    with Image.open(pictures.save_strip(rows, tmp_path / "strip.png", scale=1)) as picture:
+        assert picture.size == (88, 59) and picture.getpixel((5, 5)) == 0 and picture.getpixel((80, 50)) == 255
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_frames_of_animations(tmp_path, channels):
+    frames = [torch.full((4, channels, 28, 28), value) for value in torch.linspace(-1, 1, 7).tolist()]
+    with Image.open(pictures.save_gif(frames, tmp_path / "no_ending", columns=2, seconds=2.1, hold=1.5)) as picture:
+        assert picture.format == "GIF" and picture.n_frames == 7 and picture.size == (118, 118)
+        durations = []
+        for i in range(7):
+            picture.seek(i)
+            durations.append(picture.info["duration"])
+        assert durations == [300] * 6 + [1500] and picture.info["loop"] == 0
+
+
+def test_arrays_in_the_evaluation_format(tmp_path):
+    x, labels = digits("test").first(10)
+    with np.load(pictures.save_npz(x, tmp_path / "x.npz", labels)) as file:
+        assert sorted(file) == ["arr_0", "arr_1"]
+        assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (10, 28, 28, 1)
+        assert np.array_equal(file["arr_0"][..., 0], digits("test").images[:10, 0].numpy())
+        assert file["arr_1"].dtype == np.int64 and file["arr_1"].tolist() == labels.tolist()
+    with np.load(pictures.save_npz(x.requires_grad_(), tmp_path / "y", [1] * 10)) as file:
+        assert file["arr_1"].tolist() == [1] * 10
+    with np.load(pictures.save_npz(x, tmp_path / "z.npz")) as file:
+        assert list(file) == ["arr_0"]
+
+
+@pytest.mark.parametrize("losses", [[1.0], [1.0, 0.5, 0.25], [0.5, -0.5] * 30])
+def test_loss_curves(tmp_path, losses):
+    records = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(losses)]
+    with Image.open(pictures.save_losses(records, tmp_path / "loss.png")) as picture:
+        assert picture.size == (550, 352)
+    assert "Software" not in picture.info              # equal bytes from equal numbers
+
+
+# ------------------------------------------------------------------ files
+def test_an_exception_leaves_the_old_content(tmp_path):
+    path = tmp_path / "deep" / "file.json"
+    write_json(path, {"a": 1})
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), atomic(path) as temporary:
+            temporary.write_text("half of the new conte")
+            raise error
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"] and json.loads(path.read_text()) == {"a": 1}
+
+
+def test_two_writers_of_one_file_leave_one_of_the_two(tmp_path):
+    path, texts = tmp_path / "file", ["a" * 100_000, "b" * 100_000]
+
+    def write(text):
+        for _ in range(20):
+            with atomic(path) as temporary:
+                for start in range(0, len(text), 50_000):
+                    with open(temporary, "a") as file:
+                        file.write(text[start:start + 50_000])
+
+    child = os.fork()
+    if not child:
+        write(texts[0])
+        os._exit(0)
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    [thread.start() for thread in threads]
+    while any(thread.is_alive() for thread in threads):
+        assert not path.exists() or path.read_text() in texts
+    assert os.waitpid(child, 0)[1] == 0
+    assert path.read_text() in texts and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_atomic_replaces_regular_files_only(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(IsADirectoryError), atomic(tmp_path / name):
+            pytest.fail("not reached")
+    assert (tmp_path / "folder").is_dir() and (tmp_path / "pipe").is_fifo()
+
+
+def test_locks(tmp_path):
+    with lock(tmp_path / "deep" / "lock", wait=False) as mine:
+        assert mine
+        with lock(tmp_path / "deep" / "lock", wait=False) as second:
+            assert not second
+    with lock(tmp_path / "deep" / "lock", wait=False) as again:
+        assert again
+
+
+# ------------------------------------------------------------------ errors
+@pytest.mark.parametrize("number, part", [
+    (28, "the disk is full"), (122, "quota"), (27, "larger than allowed"), (13, "may not be written"),
+    (30, "read-only"), (20, "stands where a folder"), (17, "stands where a folder"), (21, "not a file"),
+    (2, "no such file"), (36, "too long"), (5, "reports an error")])
+def test_errors_of_disks_are_one_line(capsys, number, part):
+    def main():
+        raise OSError(number, "reason", "a/path")
+
+    with pytest.raises(SystemExit) as stop:
+        cli(main)
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and part in text and "a/path" in text and text.count("\n") == 1
+    assert disk_error(ConnectionRefusedError(111, "refused")) is None
+
+
+def test_defects_keep_their_traceback(capsys):
+    for error in (ValueError("a defect"), KeyError("x"), RuntimeError("y"), OSError(111, "refused")):
+        def main():
+            raise error  # noqa: B023
+        with pytest.raises(type(error)):
+            cli(main)
+    with pytest.raises(SystemExit) as stop:
+        cli(lambda: (_ for _ in ()).throw(UserError("two\n  lines")))
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: two lines\n"
+
+
+def test_values_that_model_py_rejects_are_one_line(capsys):
+    model = load("lesson_05", "model")
+    for call, part in ((lambda: model.DDPM(predict="noize"), "'noize' is none of noise, mean (model.py, line"),
+                       (lambda: model.UNet(channels=6, groups=4), "divisible by num_groups (4) (model.py, line")):
+        with pytest.raises(SystemExit) as stop:
+            cli(call)
+        assert stop.value.code == 2 and part in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ the device
+def test_device(monkeypatch, tmp_path):
+    assert auto_precision("cpu") == ("bf16" if fast_bf16() else "fp32")
+    for capability, precision in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert auto_precision("cuda") == precision
+    monkeypatch.setattr(Path, "read_text", lambda path: "flags : sse avx2\n")
+    assert not fast_bf16()
+    monkeypatch.undo()
+    assert device_name().startswith("1 CPU core (")
+    assert 50 < peak_memory_mb() < 100_000
+
+
+# ------------------------------------------------------------------ scores
+def gaussians(n=500, d=8):
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(d, d, generator=generator)
+    return torch.randn(n, d, generator=generator) @ mix, 0.5 * torch.randn(n, d, generator=generator) + 0.3
+
+
+def frechet(mean1, cov1, mean2, cov2):
+    """A second implementation: tr sqrt(cov1 cov2) by symmetric matrices only."""
+    values, vectors = np.linalg.eigh(cov1)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    trace = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(0)).sum()
+    return ((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * trace
+
+
+def test_fid_against_two_other_implementations():
+    a, b = gaussians()
+    ours = judging.fid(a, b)
+    x, y = a.double().numpy(), b.double().numpy()
+    assert ours == pytest.approx(frechet(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T)), rel=1e-9)
+    assert judging.fid(a, a) == pytest.approx(0, abs=1e-6) and judging.fid(b, a) == pytest.approx(ours)
+    torchmetrics = pytest.importorskip("torchmetrics.image.fid")
+    theirs = torchmetrics._compute_fid(a.double().mean(0), a.double().T.cov(), b.double().mean(0), b.double().T.cov())
+    assert ours == pytest.approx(theirs.item(), rel=1e-9)
+
+
+def test_fid_of_two_gaussians_in_closed_form():
+    # Features with exactly these means and variances: |m1 - m2|^2 + sum (s1 - s2)^2 for commuting covariances.
+    n = 400
+    raw = torch.randn(n, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    raw = raw - raw.mean(0)
+    white = raw @ torch.linalg.inv(torch.linalg.cholesky(raw.T.cov())).T
+    s1, s2 = torch.tensor([1.0, 2.0, 0.5, 3.0]).double(), torch.tensor([2.0, 2.0, 1.0, 0.1]).double()
+    m = torch.tensor([0.3, 0.0, -1.0, 2.0]).double()
+    assert judging.fid(white * s1, white * s2 + m) == pytest.approx(float((m ** 2 + (s1 - s2) ** 2).sum()), rel=1e-9)
+
+
+def test_kid_and_precision_and_recall_against_their_definitions(monkeypatch):
+    x, y = (digits(split).first(200)[0] for split in ("train", "test"))
+    x = torch.cat([x[:150], torch.rand(50, 1, 28, 28) * 2 - 1])
+    reference = judging.features(y)
+    monkeypatch.setattr(judging, "_test_features", lambda low=False: judging.features(y, low))
+    monkeypatch.setattr(judging, "floor", lambda *arguments, **options: 0.0)
+    result, a, b = judging.score(x), judging.features(x).double(), reference.double()
+    def kernel(u, v):
+        return (u @ v.T / 64 + 1) ** 3
+    n = 200
+    kid = ((kernel(a, a).sum() - kernel(a, a).trace()) / (n * (n - 1)) - 2 * kernel(a, b).mean()
+           + (kernel(b, b).sum() - kernel(b, b).trace()) / (n * (n - 1)))
+    assert result["kid"] == pytest.approx(kid.item(), rel=1e-4)
+    radius = [torch.cdist(f, f).sort(dim=1).values[:, 3] for f in (a, b)]      # to the third neighbour
+    distance = torch.cdist(a, b)
+    assert result["precision"] == pytest.approx((distance <= radius[1]).any(1).double().mean().item(), abs=0.006)
+    assert result["recall"] == pytest.approx((distance.T <= radius[0]).any(1).double().mean().item(), abs=0.006)
+    assert result["precision"] < 0.9 and result["n"] == 200
+
+
+def test_judges_read_the_test_set():
+    assert judging.JUDGES.is_file() and judging.JUDGES.stat().st_size < 1e6
+    x, y = digits("test").first(10_000)
+    assert (classify(x)[0] == y).float().mean() >= 0.994               # the judge of labels
+    judge = judging.judge("features")
+    with torch.no_grad():
+        right = sum((judge(a).argmax(1) == b).sum().item() for a, b in zip(x.split(500), y.split(500)))
+    assert right / len(x) >= 0.994
+    assert not judge.training and not any(p.requires_grad for p in judge.parameters())
+
+
+def test_scores_tell_digits_from_noise():
+    x, labels = digits("train").first(300, shuffle_seed=7)
+    noise = torch.rand(300, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    lowest = floor(300)
+    assert 0 < lowest < 20 and floor(2000, seeds=1) < lowest
+    assert fid_to_test(x) < 2 * lowest and fid_to_test(noise) > 100 * lowest
+    result = score(x, labels)
+    assert result["fid"] == fid_to_test(x) and result["fid_floor"] == lowest and result["n"] == 300
+    assert result["accuracy"] > 0.98 and result["confidence"] > 0.98
+    assert result["precision"] > 0.8 and result["recall"] > 0.8
+    bad = score(noise, labels)
+    assert bad["precision"] < 0.1 and bad["recall"] < 0.1 and bad["accuracy"] < 0.3
+    assert bad["kid"] > 50 * abs(result["kid"])
+    assert sum(result["classes"]) == pytest.approx(1, abs=1e-3) and len(result["classes"]) == 10
+    assert json.loads(json.dumps(result)) == result    # plain numbers
+    text = report(result)
+    for part in ("FID", "n = 300", "floor at this n", "not Inception", "FID-low", "accuracy"):
+        assert part in text
+    assert bad["fid_low"] > 100 * bad["fid_low_floor"]
+    assert "accuracy" not in report({k: v for k, v in result.items() if k != "accuracy"})
+
+
+def test_the_low_score_sees_faint_noise():
+    # A residue of std 0.03, invisible on a screen, moves the first-layer score far from its floor.
+    x, _ = digits("train").first(600, shuffle_seed=7)
+    noisy = x + 0.03 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    clean, low = fid_to_test(x, low=True), fid_to_test(noisy, low=True)
+    assert low > 5 * clean and low > 5 * floor(600, low=True)
+    assert fid_to_test(noisy) < 2 * fid_to_test(x)     # which the high features overlook
+    assert fid_to_test(3 * x) == fid_to_test((3 * x).clamp(-1, 1))     # images are clipped first
+
+
+def test_scores_need_a_hundred_images(monkeypatch, tmp_path):
+    for n in (1, 99):
+        with pytest.raises(UserError, match=f"at least 100 images, not n={n}: raise n"):
+            score(torch.zeros(n, 1, 28, 28))
+    with pytest.raises(UserError, match="between 1 and 60000"):
+        floor(60_001)
+    judging.judge.cache_clear()
+    monkeypatch.setattr(judging, "JUDGES", tmp_path / "judges.safetensors")
+    with pytest.raises(UserError, match="git checkout utils/judges.safetensors"):
+        classify(torch.zeros(1, 1, 28, 28))
+
+
+# ------------------------------------------------------------------ what importing costs, and what unpickling may do
+def test_importing_utils_is_cheap():
+    code = "import sys, time, torch; t = time.perf_counter(); import utils; " \
+           "print(time.perf_counter() - t, *sorted(m for m in sys.modules if '.' not in m))"
+    seconds = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+        first, *modules = done.stdout.split()
+        seconds.append(float(first))
+        for name in ("torchvision", "matplotlib", "accelerate", "torch_fidelity", "scipy", "pandas"):
+            assert name not in modules
+    assert min(seconds) < 1
+
+
+def test_all_names_of_utils_are_there():
+    assert all(hasattr(utils, name) for name in utils.__all__) and len(set(utils.__all__)) == len(utils.__all__)
+
+
+def loads(tree):
+    """Calls in a module that could run code from a file: (line, what)."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+        if name.endswith("torch.load") and given.get("weights_only") != "True":
+            yield node.lineno, name
+        if name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.jit.load", "joblib.load", "dill.load",
+                    "marshal.loads", "yaml.unsafe_load", "yaml.full_load", "shelve.open", "torch.hub.load"):
+            yield node.lineno, name
+        if name == "yaml.load" and ast.unparse(node.args[-1]) not in ("_Loader", "yaml.SafeLoader"):
+            yield node.lineno, name
+        if given.get("allow_pickle", "False") != "False":
+            yield node.lineno, name
+
+
+def test_nothing_is_unpickled_that_could_run_code():
+    files = [p for pattern in ("utils/*.py", "tools/**/*.py", "lesson_*/**/*.py") for p in ROOT.glob(pattern)]
+    assert len(files) > 15
+    for path in files:
+        assert not list(loads(ast.parse(path.read_text()))), path
+    bad = ("torch.load(f)", "torch.load(f, weights_only=False)", "pickle.load(f)", "np.load(f, allow_pickle=True)",
+           "yaml.load(f, yaml.Loader)")
+    assert [line for line, _ in loads(ast.parse("\n".join(bad)))] == [1, 2, 3, 4, 5]
