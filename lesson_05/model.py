@@ -299,6 +299,7 @@ class Downsample(nn.Module):
         self.conv = conv(channels, channels, stride=2, padding=0)
 
     def forward(self, x):
+        """(B, C, H, W) -> (B, C, H / 2, W / 2)."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -310,6 +311,7 @@ class Upsample(nn.Module):
         self.conv = conv(channels, channels)
 
     def forward(self, x):
+        """(B, C, H, W) -> (B, C, 2 H, 2 W)."""
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
@@ -321,15 +323,18 @@ def time_embedding(t, dim):
 
 
 def norm(channels, groups):
+    """GroupNorm with the epsilon of the official code."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def conv(c_in, c_out, kernel=3, stride=1, padding=None, zero=False):
+    """A convolution that keeps the resolution (stride 1), started as the official code starts it."""
     padding = kernel // 2 if padding is None else padding
     return initialised(nn.Conv2d(c_in, c_out, kernel, stride, padding), zero)
 
 
 def linear(c_in, c_out, zero=False):
+    """A linear layer, started as the official code starts it."""
     return initialised(nn.Linear(c_in, c_out), zero)
 
 

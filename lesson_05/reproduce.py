@@ -74,7 +74,8 @@ def measure(argv, predict, objective, seed):
         *["smoke=true"] * cfg.smoke, f"ddpm.predict={predict}", f"ddpm.objective={objective}", f"seed={seed}",
         f"steps={cfg.steps}", "preview_every=0", f"precision={cfg.precision}", f"device={cfg.device}"], run.lesson)
     ddpm, net = load(run, path)
-    x = draw(ddpm, net, cfg.n, cfg.sample_steps, torch.Generator().manual_seed(seed))
+    sampler, _ = load(run, path, variance=run.config.sample.variance)          # the choice for few steps, in all arms
+    x = draw(sampler, net, cfg.n, cfg.sample_steps, torch.Generator().manual_seed(seed))
     x0, _ = digits("test").first(cfg.bound_images)
     prior, terms, _ = ddpm.bound(net, x0.to(run.device), torch.Generator().manual_seed(0))   # the same noise for all
     return {"arm": f"{predict} + {objective}", "seed": seed, "fid": fid_to_test(x),

@@ -31,7 +31,7 @@ def main(argv=None):
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        frames = denoising(ddpm, net, 18, cfg.steps, run.generator(1))
+        frames = denoising(ddpm, net, 12, cfg.steps, run.generator(1))
         run.output(save_gif, frames, cfg.gif, columns=6)
     if cfg.metrics:
         scores = score(x)
@@ -46,7 +46,7 @@ def draw(ddpm, net, n, steps, generator, clip=True, batch=128):
     return torch.cat([ddpm.sample(net, size, steps, clip=clip, generator=generator) for size in sizes])
 
 
-def denoising(ddpm, net, n, steps, generator, frames=40):
+def denoising(ddpm, net, n, steps, generator, frames=30):
     """Pictures of one batch on its way: x_t and beside it the x_0 estimated from it, n / 2 of each."""
     xT = torch.randn(n // 2, 1, 28, 28, generator=generator).to(ddpm.abar.device)
     path = [torch.stack([x, x0], dim=1).flatten(0, 1).cpu() for _, x, x0 in

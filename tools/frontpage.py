@@ -83,14 +83,14 @@ def colab_badge(root, lesson):
 
 
 def headline(results):
-    """The lesson's result in one phrase: its `headline`, else the scored samples with the lowest FID."""
+    """The lesson's result in one phrase: its `headline`, else the lowest FID of those with the most samples."""
     if results.get("headline"):
         return results["headline"]
     scored = [entry for name, entry in results.items() if name.startswith("sample") and isinstance(entry, dict)
               and all(entry.get(key) is not None for key in ("fid", "fid_floor", "n", "nfe"))]
     if not scored:
         return NOTHING
-    best = min(scored, key=lambda entry: entry["fid"])
+    best = min(scored, key=lambda entry: (-entry["n"], entry["fid"]))
     return (f"FID {best['fid']:.2f} (floor {best['fid_floor']:.2f}; n = {best['n']:,}; "
             f"{best['nfe']:,} network calls)")
 

@@ -47,8 +47,7 @@ def save_strip(rows, path, scale=2):
 
 def save_gif(frames, path, columns=None, scale=2, seconds=4.0, hold=1.5):
     """Write a list of batches (N, C, H, W) as an animation of grids that rests on the last. Returns the path."""
-    pictures = [grid(frame, columns, scale).quantize(32) if frame.shape[1] == 3 else grid(frame, columns, scale)
-                for frame in frames]
+    pictures = [grid(frame, columns, scale).quantize(32, dither=Image.Dither.NONE) for frame in frames]
     duration = [int(1000 * seconds / len(pictures))] * (len(pictures) - 1) + [int(1000 * hold)]
     return _write(path, lambda file: pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:],
                                                       duration=duration, loop=0))

@@ -43,6 +43,7 @@ class Run:
     def __init__(self, file, argv=None):
         self.lesson, self.script = Path(file).resolve().parent, Path(file).stem
         self.name = lesson_name(self.lesson)
+        self.code = code_hash(self.lesson, self.script)             # now: the files may change while this runs
         self.argv = list(sys.argv[1:] if argv is None else argv)
         self.folder, self.step, self._lock = None, 0, None
         self._resumed, self._tracked, self._records = None, {}, []
@@ -467,8 +468,8 @@ class Run:
         """Write numbers with how they were made to the folder's results.json (and the published one)."""
         entry = {**numbers, "command": " ".join([f"python {self.script}.py", *(
             a for a in self.argv if _split(a)[0] not in ("publish", "runs"))]),
-                 "seed": self.settings.seed, "device": device_name(self.device), "precision": self.precision,
-                 "torch": torch.__version__, "script": self.script, "code": code_hash(self.lesson, self.script)}
+                 "seed": self.settings.seed, "device": device_name(self.device), "dtype": self.precision,
+                 "torch": torch.__version__, "script": self.script, "code": self.code}
         for folder in [self.folder] + [self.lesson / "results"] * bool(self.settings.publish):
             path = folder / "results.json"
             results = json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,240 @@
+"""Introduction to diffusion models: noise data in small steps, learn the mean of the clean data, walk back.
+
+Convention: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; t runs from data (0) to noise (T - 1) and is fed to the
+network as that integer. t = 0 already holds one step of noise; t = -1 is the clean data, abar_{-1} = 1.
+A batch x is (B, ...): points (B, 2) or images (B, 1, 28, 28), in [-1, 1]. t and s are (B,) int64, s earlier than t.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# ------------------------------------------------------------------ the process
+class Diffusion(nn.Module):
+    """The noising of data, the three targets, the loss, and the walk back. Holds the schedule and no weights.
+
+    timesteps       T
+    beta_1, beta_T  variance of the noise that the first and the last step add; in between a straight line
+    predict         what the network outputs: "x0" (the clean data), "noise" (eps) or "score"
+    """
+
+    def __init__(self, timesteps=1000, beta_1=1e-4, beta_T=0.02, predict="x0"):
+        super().__init__()
+        if predict not in ("x0", "noise", "score"):
+            raise ValueError(f"{predict!r} is none of x0, noise, score")
+        if timesteps < 2:
+            raise ValueError(f"timesteps={timesteps} must be at least 2")
+        self.timesteps, self.predict = timesteps, predict
+        beta = torch.linspace(beta_1, beta_T, timesteps, dtype=torch.float64)
+        abar = torch.cumprod(1 - beta, dim=0)               # in float32 a thousand factors would lose digits
+        self.register_buffer("abar", torch.cat([abar, abar.new_ones(1)]), persistent=False)        # abar[-1] = 1
+
+    # ------------------------------------------------------------------ forward: data to noise
+    def q_step(self, x, t, eps):
+        """x_t ~ q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I): shrink a little, add a little noise."""
+        beta = self.beta(t, t - 1)
+        return wide((1 - beta).sqrt(), x) * x + wide(beta.sqrt(), x) * eps
+
+    def q_sample(self, x0, t, eps):
+        """x_t ~ q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I): all the steps from -1 to t in one jump."""
+        return wide(self.abar[t].sqrt(), x0) * x0 + wide((1 - self.abar[t]).sqrt(), x0) * eps
+
+    def beta(self, t, s):
+        """The variance that the steps from s to t add: beta_t for s = t - 1. (B,) float64."""
+        return 1 - self.abar[t] / self.abar[s]
+
+    # ------------------------------------------------------------------ one guess, three names
+    def x0_from_eps(self, eps, xt, t):
+        """The clean data, if this was the noise: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps solved for x_0."""
+        return (xt - wide((1 - self.abar[t]).sqrt(), xt) * eps) / wide(self.abar[t].sqrt(), xt)
+
+    def eps_from_x0(self, x0, xt, t):
+        """The noise, if this was the clean data: the same equation solved for eps."""
+        return (xt - wide(self.abar[t].sqrt(), xt) * x0) / wide((1 - self.abar[t]).sqrt(), xt)
+
+    def score_from_x0(self, x0, xt, t):
+        """Tweedie's formula: with x_0 = E[x_0 | x_t] this is the gradient of log q_t at x_t, where q_t rises."""
+        return (wide(self.abar[t].sqrt(), xt) * x0 - xt) / wide(1 - self.abar[t], xt)
+
+    def x0_from_score(self, score, xt, t):
+        """Tweedie's formula solved for E[x_0 | x_t]."""
+        return (xt + wide(1 - self.abar[t], xt) * score) / wide(self.abar[t].sqrt(), xt)
+
+    def predict_x0(self, net, xt, t):
+        """The clean data that the network's output stands for, (B, ...)."""
+        output = net(xt, t)
+        if self.predict == "noise":
+            return self.x0_from_eps(output, xt, t)
+        return self.x0_from_score(output, xt, t) if self.predict == "score" else output
+
+    # ------------------------------------------------------------------ learning
+    def loss(self, net, x0):
+        """Noise a batch, each element to a time of its own, and ask for what was lost. x0 (B, ...) -> scalar.
+
+        The least squared error is reached by the conditional mean, whichever of the three is asked for.
+        """
+        t = torch.randint(self.timesteps, (len(x0),), device=x0.device)
+        eps = torch.randn_like(x0)
+        output = net(self.q_sample(x0, t, eps), t)
+        if self.predict == "score":                         # its target is -eps / sqrt(1 - abar_t): 100 eps at t = 0,
+            return F.mse_loss(wide((1 - self.abar[t]).sqrt(), x0) * output, -eps)       # so both sides are scaled
+        return F.mse_loss(output, eps if self.predict == "noise" else x0)
+
+    # ------------------------------------------------------------------ reverse: noise to data
+    def q_posterior(self, x0, xt, t, s):
+        """The mean of q(x_s | x_t, x_0), a point between x_t and x_0. (B, ...)."""
+        a = self.abar[s].sqrt() * self.beta(t, s) / (1 - self.abar[t])
+        b = (1 - self.beta(t, s)).sqrt() * (1 - self.abar[s]) / (1 - self.abar[t])
+        return wide(a, xt) * x0 + wide(b, xt) * xt
+
+    def beta_tilde(self, t, s):
+        """The variance of q(x_s | x_t, x_0): 0 at s = -1, so the last step adds no noise. (B,) float64."""
+        return (1 - self.abar[s]) / (1 - self.abar[t]) * self.beta(t, s)
+
+    @torch.no_grad()
+    def reverse(self, net, xT, steps=100, generator=None):
+        """Walk from noise to data. Yields (t, x_s, x_0 estimate) after every step; the last x_s is the sample.
+
+        steps: how many of the T times to visit, evenly spaced, both ends included. Each step takes the network's
+        guess for x_0 and draws x_s from q(x_s | x_t, x_0).
+        """
+        if not 1 < steps <= self.timesteps:
+            raise ValueError(f"steps={steps} must be between 2 and {self.timesteps}")
+        times = torch.linspace(self.timesteps - 1, 0, steps).round().long().tolist() + [-1]
+        x = xT
+        for now, then in zip(times[:-1], times[1:]):
+            t, s = (torch.full((len(x),), i, device=x.device) for i in (now, then))
+            x0 = self.predict_x0(net, x, t)
+            noise = wide(self.beta_tilde(t, s).sqrt(), x) * noise_like(x, generator)
+            x = self.q_posterior(x0, x, t, s) + noise
+            yield now, x, x0
+
+    def sample(self, net, n, steps=100, shape=(2,), generator=None):
+        """n samples, (n, *shape): start from pure noise and walk back."""
+        xT = noise_like(torch.empty(n, *shape, device=self.abar.device), generator)
+        for _, x, _ in self.reverse(net, xT, steps, generator):
+            pass
+        return x
+
+
+def wide(values, x):
+    """(B,) -> (B, 1, ...) in the precision of x, to multiply a batch x with."""
+    return values.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def noise_like(x, generator=None):
+    """Standard Gaussian noise. A CPU generator gives the same noise on every device."""
+    if generator is None:
+        return torch.randn_like(x)
+    return torch.randn(x.shape, generator=generator).to(x.device)
+
+
+# ------------------------------------------------------------------ data of which everything is known
+class Mixture(nn.Module):
+    """K Gaussians N(mean_k, std^2 I) with weights w_k. Called like a network, it returns the exact E[x_0 | x_t].
+
+    With std = 0 and a mean for each training image it is the training set itself, and E[x_0 | x_t] is what a
+    network that fitted its loss perfectly would answer.
+
+    diffusion  the process that noises the data
+    means      (K, ...); weights (K,), default: equal
+    """
+
+    def __init__(self, diffusion, means, weights=None, std=0.0):
+        super().__init__()
+        weights = torch.full((len(means),), 1 / len(means)) if weights is None else torch.as_tensor(weights)
+        self.shape, self.std = means.shape[1:], std
+        self.register_buffer("abar", diffusion.abar, persistent=False)
+        self.register_buffer("means", means.flatten(1).double(), persistent=False)                 # (K, D)
+        self.register_buffer("weights", weights.double(), persistent=False)
+
+    def draw(self, n, generator=None):
+        """n data points, (n, ...)."""
+        means = self.means[torch.multinomial(self.weights, n, replacement=True, generator=generator)].float()
+        return (means + self.std * noise_like(means, generator)).reshape(n, *self.shape)
+
+    def variance(self, t):
+        """Of each Gaussian after t: the data's own, shrunk, and the noise. (B, 1)."""
+        return (self.abar[t] * self.std ** 2 + 1 - self.abar[t])[:, None]
+
+    def log_joint(self, xt, t):
+        """log of w_k N(x_t; sqrt(abar_t) mean_k, variance): x_t together with the Gaussian it came from. (B, K)."""
+        x, abar, variance = xt.flatten(1).double(), self.abar[t][:, None], self.variance(t)
+        cross = abar.sqrt() * (x @ self.means.T)
+        distance2 = x.square().sum(1, keepdim=True) - 2 * cross + abar * self.means.square().sum(1)
+        normal = -distance2 / (2 * variance) - x.shape[1] / 2 * (2 * math.pi * variance).log()
+        return self.weights.log() + normal
+
+    def log_q(self, xt, t):
+        """log q_t(x_t), the density of the noised data. (B,) float64."""
+        return self.log_joint(xt, t).logsumexp(1)
+
+    def forward(self, xt, t):
+        """E[x_0 | x_t]: a softmax over the Gaussians says which one x_t came from, and how surely. (B, ...)."""
+        share = self.log_joint(xt, t).softmax(1)                                                   # (B, K)
+        abar, variance, x = self.abar[t][:, None], self.variance(t), xt.flatten(1).double()
+        x0 = ((1 - abar) * (share @ self.means) + abar.sqrt() * self.std ** 2 * x) / variance
+        return x0.reshape(xt.shape).to(xt.dtype)
+
+    def reverse_log_density(self, xs, xt, t, s):
+        """log q(x_s | x_t) by Bayes' rule: q(x_t | x_s) q(x_s) / q(x_t). What the walk back should draw. (B,)."""
+        beta = 1 - self.abar[t] / self.abar[s]
+        distance2 = (xt - wide((1 - beta).sqrt(), xs) * xs).flatten(1).square().sum(1)
+        step = -distance2 / (2 * beta) - xs[0].numel() / 2 * (2 * math.pi * beta).log()
+        return step + self.log_q(xs, s) - self.log_q(xt, t)
+
+
+def two_gaussians(diffusion, weight=0.8, std=0.15):
+    """A large and a small cloud in the plane, at (0.7, 0.7) and opposite."""
+    return Mixture(diffusion, torch.tensor([[0.7, 0.7], [-0.7, -0.7]]), [weight, 1 - weight], std)
+
+
+def eight_gaussians(diffusion, radius=0.8, std=0.06):
+    """Eight equal clouds on a circle."""
+    angle = torch.arange(8) * math.pi / 4
+    return Mixture(diffusion, radius * torch.stack([angle.cos(), angle.sin()], dim=1), std=std)
+
+
+def swiss_roll(n, generator=None, width=0.02):
+    """Points on a spiral of one and a half turns, with a little noise across it. (n, 2) in about [-1, 1]."""
+    angle = math.pi * (1.5 + 3 * torch.rand(n, generator=generator))
+    spiral = torch.stack([angle.cos(), angle.sin()], dim=1) * angle[:, None] / (4.5 * math.pi)
+    return 0.95 * spiral + width * noise_like(spiral, generator)
+
+
+# ------------------------------------------------------------------ the network
+class MLP(nn.Module):
+    """Fully connected layers with shortcuts; the time is added in before each. No convolution, no U-Net yet.
+
+    shape  of one data point: (2,) or (1, 28, 28)
+    width  of the hidden layers; depth: how many of them
+    """
+
+    def __init__(self, shape=(2,), width=128, depth=3):
+        super().__init__()
+        self.width, size = width, math.prod(shape)
+        self.stem, self.out = nn.Linear(size, width), nn.Linear(width, size)
+        self.time = nn.ModuleList(nn.Linear(TIME, width) for _ in range(depth))
+        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width))
+                                    for _ in range(depth))
+
+    def forward(self, x, t):
+        """x (B, ...), t (B,) int -> the prediction, (B, ...)."""
+        emb = time_embedding(t, TIME)
+        h = self.stem(x.flatten(1))                                                                # (B, width)
+        for time, layer in zip(self.time, self.layers):
+            h = h + layer(h + time(emb))
+        return self.out(F.silu(h)).reshape(x.shape)
+
+
+TIME = 32                                                   # numbers that tell the network the time
+
+
+def time_embedding(t, dim):
+    """Sines, then cosines, of t at dim / 2 frequencies from 1 down to 1/10000. (B,) -> (B, dim)."""
+    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - 1))
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
