@@ -6,13 +6,14 @@ BIN := .venv/bin
 # lesson_05a is the folder lesson_05/sublesson_a
 folder = $(shell echo $(1) | sed -E 's/^(lesson_[0-9]+)([a-z])$$/\1\/sublesson_\2/')
 
-.PHONY: help test install
+.PHONY: help test install FORCE
 help:
 	@sed -n 's/^# //p' Makefile | head -2
 
 install: .venv/.reader
 .venv/.reader: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv: this takes minutes, once"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
@@ -20,7 +21,8 @@ install: .venv/.reader
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-lesson_%: .venv/.reader
+# FORCE, because the lesson's folder has the target's name and make would find it up to date.
+lesson_%: .venv/.reader FORCE
 	@test -f $(call folder,$@)/train.py || { echo "error: there is no $(call folder,$@); the lessons are listed in README.md" >&2; exit 2; }
 	cd $(call folder,$@) && $(CURDIR)/$(BIN)/python sample.py weights=published
 	cd $(call folder,$@) && $(CURDIR)/$(BIN)/python train.py
@@ -28,3 +30,5 @@ lesson_%: .venv/.reader
 
 test: .venv/.dev
 	$(BIN)/python -m pytest
+
+FORCE:
