@@ -25,7 +25,7 @@ class DDPM(nn.Module):
     """
 
     def __init__(self, timesteps=1000, beta_1=1e-4, beta_T=0.02, predict="noise", objective="simple",
-                 variance="large"):
+                 variance="small"):
         super().__init__()
         for value, known in ((predict, ("noise", "mean")), (objective, ("simple", "bound")),
                              (variance, ("large", "small"))):
@@ -73,10 +73,12 @@ class DDPM(nn.Module):
         return (output - b * xt) / a
 
     def p_mean(self, net, xt, t, s, clip=True):
-        """mu_theta of p(x_s | x_t), and the x_0 it aims at. Without clipping this is Eq. (11).
+        """mu_theta of p(x_s | x_t), and the x_0 it aims at.
 
+        Without clipping, and for s = t - 1, this is Eq. (11) or, where the network predicts the mean, its output.
         Differs from Algorithm 2: x_0 is clipped to [-1, 1] first, as in the official code, because an error of
-        the network at large t is divided by sqrt(abar_t) = 0.006 on its way to x_0.
+        the network at t = 999 is divided by sqrt(abar) = 0.006 on its way to x_0. (The official code clips noise
+        predictions only; here both kinds are treated alike.)
         """
         x0 = self.predict_x0(net, xt, t)
         if clip:
@@ -99,9 +101,9 @@ class DDPM(nn.Module):
         t = torch.randint(self.timesteps, (len(x0),), device=x0.device)     # Alg. 1, line 3
         eps = torch.randn_like(x0)                                          # Alg. 1, line 4
         xt = self.q_sample(x0, t, eps)
-        if self.objective == "bound":                                       # Eq. (5): T times the mean over t
+        if self.objective == "bound":                                       # Eq. (5), divided by T
             mean, _ = self.p_mean(net, xt, t, t - 1, clip=False)
-            return self.timesteps * self.bound_term(x0, xt, t, mean).mean()
+            return self.bound_term(x0, xt, t, mean).mean()
         target = eps if self.predict == "noise" else self.q_posterior(x0, xt, t, t - 1)
         return F.mse_loss(net(xt, t), target)                               # Eq. (14)
 
@@ -193,7 +195,7 @@ def discretized_log_likelihood(x0, mean, sigma):
 
 # ------------------------------------------------------------------ the network: Appendix B of the paper
 class UNet(nn.Module):
-    """Noise-predicting U-Net: residual blocks with the time added in, attention at the low resolutions.
+    """U-Net over an image and a time: residual blocks with the time added in, attention at the low resolutions.
 
     channels   width of the first level
     mults      width of every level as a multiple of `channels`; each further level halves the resolution
@@ -205,6 +207,9 @@ class UNet(nn.Module):
     def __init__(self, channels=128, mults=(1, 2, 2), blocks=2, attention=(14,), dropout=0.1, groups=32, patch=1,
                  image_size=28, image_channels=1):
         super().__init__()
+        if image_size % (patch * 2 ** (len(mults) - 1)):
+            raise ValueError(f"image_size={image_size} cannot be halved {len(mults) - 1} times "
+                             f"after patches of {patch}")
         self.channels, self.patch = channels, patch
         width = 4 * channels
         self.time = nn.Sequential(linear(channels, width), nn.SiLU(), linear(width, width))

@@ -4,6 +4,7 @@
     python sample.py n=16 steps=1000 seed=3              fewer digits, all the paper's steps, other noise
     python sample.py gif=denoising.gif npz=samples.npz   the way there as an animation; the images as an array
     python sample.py n=2048 metrics=true                 FID and the other scores
+    python sample.py figures=true                        noising, the loss by time, the nearest training images
 """
 
 import time
@@ -11,14 +12,14 @@ import time
 import torch
 
 from model import DDPM, UNet
-from utils import Run, cli, report, save_gif, save_grid, save_npz, score
+from utils import Run, cli, digits, figure, report, save_figure, save_gif, save_grid, save_npz, save_strip, score
 
 
 def main(argv=None):
     run = Run(__file__, argv)
     cfg = run.config.sample
     weights = run.weights()                             # the file carries its network's configuration
-    ddpm = DDPM(**{**weights.config["ddpm"], "variance": cfg.variance})
+    ddpm = DDPM(**{**weights.config["ddpm"], **({"variance": cfg.variance} if cfg.variance else {})})
     net = weights.load(UNet(**weights.config["unet"]))
     ddpm, net = run.place(ddpm, net)
     generator = run.generator()
@@ -31,12 +32,14 @@ def main(argv=None):
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        frames = denoising(ddpm, net, 12, cfg.steps, run.generator(1))
+        frames = denoising(ddpm, net, 12, cfg.steps, run.generator(1), cfg.clip)
         run.output(save_gif, frames, cfg.gif, columns=6)
+    if cfg.figures:
+        figures(run, ddpm, net, x)
     if cfg.metrics:
         scores = score(x)
         print(report(scores))
-        run.record(f"sample_{cfg.steps}", nfe=cfg.steps, seconds=round(seconds, 1), variance=cfg.variance, **scores)
+        run.record(f"sample_{cfg.steps}", nfe=cfg.steps, seconds=round(seconds, 1), variance=ddpm.variance, **scores)
     return x
 
 
@@ -46,12 +49,32 @@ def draw(ddpm, net, n, steps, generator, clip=True, batch=128):
     return torch.cat([ddpm.sample(net, size, steps, clip=clip, generator=generator) for size in sizes])
 
 
-def denoising(ddpm, net, n, steps, generator, frames=30):
+def denoising(ddpm, net, n, steps, generator, clip=True, frames=30):
     """Pictures of one batch on its way: x_t and beside it the x_0 estimated from it, n / 2 of each."""
-    xT = torch.randn(n // 2, 1, 28, 28, generator=generator).to(ddpm.abar.device)
-    path = [torch.stack([x, x0], dim=1).flatten(0, 1).cpu() for _, x, x0 in
-            ddpm.reverse(net, xT, steps, generator=generator)]
-    return path[::max(1, len(path) // frames)] + path[-1:]
+    x, path = torch.randn(n // 2, 1, 28, 28, generator=generator).to(ddpm.abar.device), []
+    for _, x_next, x0 in ddpm.reverse(net, x, steps, clip, generator):
+        path.append(torch.stack([x, x0], dim=1).flatten(0, 1).cpu())
+        x = x_next
+    path.append(torch.stack([x, x], dim=1).flatten(0, 1).cpu())
+    return [path[i] for i in sorted({round(i) for i in torch.linspace(0, len(path) - 1, frames).tolist()})]
+
+
+def figures(run, ddpm, net, x):
+    """Three more pictures: digits dissolving, samples above their nearest training images, the error by time."""
+    (train, _), (test, _) = digits("train").first(60_000), digits("test").first(128)
+    test, eps = test.to(run.device), torch.randn(test.shape, generator=run.generator(2)).to(run.device)
+    times = torch.linspace(0, ddpm.timesteps - 1, 13, device=run.device).round().long()
+    run.output(save_strip, [ddpm.q_sample(test[[i] * 13], times, eps[:13]) for i in range(3)], "forward.png")
+    few = x[:12].cpu()
+    run.output(save_strip, [few, train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]], "neighbours.png")
+    error = []
+    with torch.no_grad():
+        for t in times[:, None].expand(-1, len(test)):
+            error.append(float((net(ddpm.q_sample(test, t, eps), t) - eps).square().mean()))
+    fig, ax = figure()
+    ax.semilogy(times.cpu(), error, "o-")
+    ax.set(xlabel="t", ylabel="squared error of the predicted noise")
+    run.output(save_figure, fig, "loss_by_t.png")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main(argv=None):
         ema.update(net)                                 # samples come from the average of the weights
         run.log(loss=loss)
         if run.every(cfg.preview_every):
-            x = ddpm.sample(ema.module, 64, run.config.sample.steps, generator=run.generator())
+            x = ddpm.sample(ema.module, 64, min(run.config.sample.steps, ddpm.timesteps), generator=run.generator())
             save_grid(x, run.folder / f"preview_{step + 1:06d}.png")
     return run.finish(ema, unet=run.config.unet, ddpm=run.config.ddpm)              # weights, loss curve, numbers
 

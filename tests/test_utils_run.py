@@ -19,8 +19,8 @@ from utils import Run, UserError, Weights, digits, save_weights, trained
 from utils.run import Stopped, code_hash, lesson_name, numbered, ramp, read_checkpoint
 
 train, sample = load("lesson_05", "train"), load("lesson_05", "sample")
-TINY = ["smoke=true", "steps=12", "save_every=4", "log_every=3", "preview_every=0", "batch_size=8", "threads=1",
-        "device=cpu"]
+TINY = ["smoke=true", "steps=12", "save_every=4", "log_every=3", "preview_every=0", "batch_size=8", "lr=0.002",
+        "warmup=2", "ema_decay=0.999", "unet.channels=8", "unet.groups=4", "threads=1", "device=cpu"]
 
 
 def tiny(folder, *argv):
@@ -90,7 +90,7 @@ def test_what_a_run_leaves(straight):
     assert straight.result.steps == 12 and straight.result.parameters > 1000
     entry = json.loads((straight.folder / "results.json").read_text())["train"]
     assert entry["seed"] == 0 and entry["steps"] == 12 and "runs=" not in entry["command"]
-    assert {"device", "torch", "precision", "code", "minutes", "peak_memory_mb"} <= set(entry)
+    assert {"device", "torch", "dtype", "code", "minutes", "peak_memory_mb"} <= set(entry)
     weights = load_file(straight.result.weights)
     assert all(v.dtype == torch.float16 for v in weights.values())
     assert straight.result.weights.stat().st_mode & 0o044 == 0o044     # others may read it
@@ -114,6 +114,16 @@ def test_values_of_a_line_are_means_over_its_steps(tmp_path):
     each = outcome(train.main(tiny(tmp_path / "a", "log_every=1", "steps=4")).folder)[2]
     all_ = outcome(train.main(tiny(tmp_path / "b", "log_every=4", "steps=4")).folder)[2]
     assert all_ == [(4, sum(loss for _, loss in each) / 4)]
+
+
+def test_recorded_numbers_keep_their_names(tmp_path):
+    run = Run(ROOT / "lesson_05" / "sample.py", ["smoke=true", f"runs={tmp_path}", "threads=1", "device=cpu"])
+    run.open_folder("samples")
+    run.record("sample_5", fid=2.0, precision=0.5, n=3)                # of FID, not of floating-point numbers
+    run.record("sample_9", fid=1.0)
+    entries = json.loads((run.folder / "results.json").read_text())
+    assert list(entries) == ["sample_5", "sample_9"]
+    assert entries["sample_5"] | {"fid": 2.0, "precision": 0.5, "n": 3, "script": "sample"} == entries["sample_5"]
 
 
 def test_log_takes_different_values_at_different_steps(tmp_path):
@@ -660,8 +670,8 @@ def test_trained_reuses_resumes_and_retrains(straight, tmp_path, monkeypatch):
     path = arm()                                       # resumed
     assert "--resume" in calls[-1] and outcome(path.parent) == straight.outcome
     assert arm() == path and len(calls) == 2           # reused
-    other = arm("lr=1e-3")                             # another value: trained anew
-    assert other.parent.name == "002" and len(calls) == 3 and arm("lr=1e-3") == other and len(calls) == 3
+    other = arm("lr=0.003")                             # another value: trained anew
+    assert other.parent.name == "002" and len(calls) == 3 and arm("lr=0.003") == other and len(calls) == 3
 
 
 def test_code_hash_sees_code_and_not_comments(lesson):

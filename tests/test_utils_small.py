@@ -321,9 +321,9 @@ def test_judges_read_the_test_set():
     x, y = digits("test").first(10_000)
     assert (classify(x)[0] == y).float().mean() >= 0.994               # the judge of labels
     judge = judging.judge("features")
-    with torch.no_grad():
-        right = sum((judge(a).argmax(1) == b).sum().item() for a, b in zip(x.split(500), y.split(500)))
-    assert right / len(x) >= 0.994
+    logits = judge.classify(judging._test_features().relu())           # the judge of features can classify as well
+    assert (logits.argmax(1) == y).float().mean() >= 0.994
+    assert torch.allclose(logits[:20], judge(x[:20]), atol=1e-3)
     assert not judge.training and not any(p.requires_grad for p in judge.parameters())
 
 
@@ -331,7 +331,7 @@ def test_scores_tell_digits_from_noise():
     x, labels = digits("train").first(300, shuffle_seed=7)
     noise = torch.rand(300, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
     lowest = floor(300)
-    assert 0 < lowest < 20 and floor(2000, seeds=1) < lowest
+    assert 0 < lowest < 20 and floor(1000, seeds=1) < lowest
     assert fid_to_test(x) < 2 * lowest and fid_to_test(noise) > 100 * lowest
     result = score(x, labels)
     assert result["fid"] == fid_to_test(x) and result["fid_floor"] == lowest and result["n"] == 300
@@ -375,14 +375,14 @@ def test_scores_need_a_hundred_images(monkeypatch, tmp_path):
 def test_importing_utils_is_cheap():
     code = "import sys, time, torch; t = time.perf_counter(); import utils; " \
            "print(time.perf_counter() - t, *sorted(m for m in sys.modules if '.' not in m))"
-    seconds = []
-    for _ in range(2):
+    for attempt in range(3):                           # the machine may be busy
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-        first, *modules = done.stdout.split()
-        seconds.append(float(first))
+        seconds, *modules = done.stdout.split()
         for name in ("torchvision", "matplotlib", "accelerate", "torch_fidelity", "scipy", "pandas"):
             assert name not in modules
-    assert min(seconds) < 1
+        if float(seconds) < 1:
+            break
+    assert float(seconds) < 1, attempt
 
 
 def test_all_names_of_utils_are_there():

@@ -67,12 +67,26 @@ def judge(name):
     return model.eval().requires_grad_(False)
 
 
+def features(x, low=False):
+    """Features of images x (N, 1, 28, 28) in [-1, 1], clipped first: (N, 64) float32 on the CPU.
+
+    In units in which the variance over the test set is 1: on the mean of the 64, so that their geometry stays; for
+    each one with low=True (first-layer statistics, (N, 48)).
+    """
+    return _raw_features(x, low) / _unit(low)
+
+
 @torch.no_grad()
-def features(x, low=False, batch_size=500):
-    """Features of images x (N, 1, 28, 28) in [-1, 1], clipped first: (N, 64) float32 on the CPU."""
+def _raw_features(x, low, batch_size=500):
     model = judge("features")
     function = model.low_features if low else model.features
     return torch.cat([function(part.cpu().float().clamp(-1, 1)) for part in x.split(batch_size)])
+
+
+@functools.cache
+def _unit(low):
+    variance = _raw_features(digits("test").first(10_000)[0], low).var(0)
+    return variance.sqrt() if low else variance.mean().sqrt()
 
 
 @torch.no_grad()
@@ -105,13 +119,8 @@ def _test_features(low=False):
 
 
 def fid_to_test(x, low=False):
-    """FID of images x (N, 1, 28, 28) against the 10,000 test images.
-
-    low: of first-layer statistics, each in units of its deviation over the test set; reacts to faint noise.
-    """
-    feature, reference = features(x, low), _test_features(low)
-    scale = reference.std(0) if low else 1
-    return fid(feature / scale, reference / scale)
+    """FID of images x (N, 1, 28, 28) against the 10,000 test images; low=True: of first-layer statistics."""
+    return fid(features(x, low), _test_features(low))
 
 
 @functools.cache
