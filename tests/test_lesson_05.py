@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import load
+from utils import Section
 
 model = load("lesson_05", "model")
 DDPM, UNet = model.DDPM, model.UNet
@@ -488,6 +489,121 @@ def test_one_batch_can_be_overfitted():
     assert sum(losses[-10:]) / 10 < 0.3 < 0.9 < losses[0]
 
 
+TWIN = dict(channels=8, mults=(1, 2), blocks=1, attention=(4,), dropout=0.0, groups=4, image_size=8)
+
+
+def twin():
+    """A small network with weights by formula, its input and its output: what diffusers' UNet2DModel must give too."""
+    net = UNet(**TWIN).eval()
+    for i, p in enumerate(net.parameters()):
+        wave = 0.3 * torch.sin(torch.arange(p.numel()) * (0.7 + 0.013 * i) + i)
+        p.data = wave.reshape(p.shape) + 0.5 * (p.dim() == 1)
+    x, t = torch.cos(torch.arange(128.0)).reshape(2, 1, 8, 8), times(3, 777)
+    with torch.no_grad():
+        return net, x, t, net(x, t)
+
+
+def test_network_equals_the_fixture_of_diffusers():
+    *_, y = twin()
+    expected = torch.tensor(json.loads(FIXTURE.with_name("ddpm_unet.json").read_text())["output"])
+    assert expected.std() > 0.1 and torch.allclose(y.flatten(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+def test_fixture_of_the_network_is_what_diffusers_gives():
+    diffusers = pytest.importorskip("diffusers", reason="dev reference: pip install -e '.[reference]'")
+    y = torch.tensor(make_unet_fixture(diffusers)["output"])
+    expected = torch.tensor(json.loads(FIXTURE.with_name("ddpm_unet.json").read_text())["output"])
+    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+def make_unet_fixture(diffusers):
+    """The output of diffusers' UNet2DModel, in the shape of DDPM's network, with the weights of `twin`."""
+    net, x, t, _ = twin()
+    theirs = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, freq_shift=1, flip_sin_to_cos=False, downsample_padding=0,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=None, norm_num_groups=4, norm_eps=1e-6)
+    theirs.eval()
+    pairs = [(net.stem, theirs.conv_in), (net.time[0], theirs.time_embedding.linear_1),
+             (net.time[2], theirs.time_embedding.linear_2), (net.out[0], theirs.conv_norm_out),
+             (net.out[2], theirs.conv_out)]
+
+    def block(mine, other):
+        names = {"norm1": "norm1", "conv1": "conv1", "time": "time_emb_proj", "norm2": "norm2", "conv2": "conv2"}
+        names |= {"skip": "conv_shortcut"} if other.conv_shortcut is not None else {}
+        pairs.extend((getattr(mine, a), getattr(other, b)) for a, b in names.items())
+
+    def attention(mine, other):
+        pairs.extend([(mine.norm, other.group_norm), (mine.out, other.to_out[0])])
+        for i, layer in enumerate((other.to_q, other.to_k, other.to_v)):
+            layer.weight.data, layer.bias.data = mine.qkv.weight.chunk(3)[i].clone(), mine.qkv.bias.chunk(3)[i].clone()
+
+    for mine, others in ((iter(net.down), theirs.down_blocks), (iter(net.up), theirs.up_blocks)):
+        for part in others:
+            for i, other in enumerate(part.resnets):
+                first, second = next(mine)
+                block(first, other)
+                if hasattr(part, "attentions"):
+                    attention(second, part.attentions[i])
+            pairs.extend((next(mine).conv, change.conv) for change in (
+                getattr(part, "downsamplers", None) or getattr(part, "upsamplers", None) or []))
+    block(net.middle[0], theirs.mid_block.resnets[0])
+    attention(net.middle[1], theirs.mid_block.attentions[0])
+    block(net.middle[2], theirs.mid_block.resnets[1])
+    for mine, other in pairs:
+        other.load_state_dict(mine.state_dict())
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in net.parameters())
+    with torch.no_grad():
+        return {"diffusers": diffusers.__version__, "output": theirs(x, t).sample.flatten().tolist()}
+
+
+# ------------------------------------------------------------------ the claim's arithmetic, on made-up rows
+def rows(fids, bits):
+    """Rows of reproduce.py: {arm: value per seed}, in the order of ARMS."""
+    names = [f"{predict} + {objective}" for predict, objective in load("lesson_05", "reproduce").ARMS]
+    return [{"arm": name, "seed": i, "fid": f, "bits": b} for name, fs, bs in zip(names, fids, bits)
+            for i, (f, b) in enumerate(zip(fs, bs))]
+
+
+GOOD = [10.0, 11.0, 10.5], [20.0, 21.0, 22.0], [40.0, 41.0, 42.0], [30.0, 29.0, 31.0]
+BITS = [3.0, 3.1, 3.0], [2.9, 3.0, 2.8], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]
+
+
+@pytest.mark.parametrize("fids, bits, fid_holds, bits_holds", [
+    (GOOD, BITS, True, True),
+    (([10.0, 23.0, 10.5], *GOOD[1:]), BITS, False, True),                       # loses in one seed
+    (([17.0, 18.0, 19.0], *GOOD[1:]), BITS, False, True),                       # gap below 3 deviations
+    (GOOD, ([3.0, 2.9, 3.0], *BITS[1:]), True, False),                          # another arm wins two seeds of three
+    (GOOD, ([2.5, 3.1, 3.0], *BITS[1:]), True, False),                          # no arm is better in every seed
+    ((GOOD[0], GOOD[1], [math.inf] * 3, GOOD[3]), BITS, True, True),            # an arm diverged
+    ((GOOD[0], *[[math.inf] * 3] * 3), (BITS[0], *[[math.inf] * 3] * 3), True, False),
+    (([math.inf, 10.0, 10.0], *GOOD[1:]), BITS, False, True),
+])
+def test_table_2_is_judged_as_its_criterion_says(fids, bits, fid_holds, bits_holds):
+    table = load("lesson_05", "reproduce").table_2(rows(fids, bits))
+    assert (table["fid_holds"], table["bits_holds"]) == (fid_holds, bits_holds)
+    assert table["holds"] == (fid_holds and bits_holds)
+
+
+def test_rate_distortion_curve():
+    code = load("lesson_05", "reproduce").code
+    # t = 0..3: L_0 costs 2 bits, the others 1 + 0.5 + 0.25; the estimate of x_0 gets better towards t = 0.
+    got = code(torch.tensor(0.25), torch.tensor([2.0, 1.0, 0.5, 0.25]), torch.tensor([1.0, 5.0, 50.0, 99.0]))
+    assert got["bits_per_dim"] == 4 and got["share_of_L_0"] == 0.5
+    assert got["rmse"] == [99.0, 50.0, 5.0, 1.0]
+    assert got["rate"] == [0.25, 0.5, 1.0, 2.0]                                 # before the estimates above
+    assert got["share_after_5_percent"] == (4 - 1.0) / 4
+    never = code(torch.tensor(0.25), torch.tensor([2.0, 1.0]), torch.tensor([99.0, 99.0]))
+    assert never["share_after_5_percent"] == 0
+
+
+def test_no_verdict_from_few_seeds():
+    verdict, cfg = load("lesson_05", "reproduce").verdict, Section(quick=False, smoke=False, seeds=3)
+    assert verdict(True, cfg) == "reproduced" and verdict(False, cfg) == "not reproduced at this scale"
+    for few in (dict(quick=True), dict(smoke=True), dict(seeds=2)):
+        assert "no verdict" in verdict(True, Section(**{**cfg, **few}))
+
+
 def test_gpu_overlay_has_the_papers_shape():
     from utils.config import parse
 
@@ -506,3 +622,4 @@ if __name__ == "__main__":
     import diffusers
 
     FIXTURE.write_text(json.dumps(make_fixture(diffusers), indent=0) + "\n")
+    FIXTURE.with_name("ddpm_unet.json").write_text(json.dumps(make_unet_fixture(diffusers), indent=0) + "\n")

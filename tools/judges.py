@@ -7,6 +7,7 @@
 import math
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -71,15 +72,22 @@ def main(argv=None):
         if key not in options or not value:
             raise UserError(f"unknown argument {argument}: use epochs=N or out=FILE")
         options[key] = value
+    try:
+        epochs = float(options["epochs"])
+    except ValueError:
+        epochs = math.nan
+    if not (math.isfinite(epochs) and epochs > 0):
+        raise UserError(f"epochs={options['epochs']} must be a number above zero")
+    out = Path(options["out"]).resolve()
     weights, report = {}, {}
     for name in WIDTHS:
-        model, report[name] = train(name, float(options["epochs"]))
+        model, report[name] = train(name, epochs)
         print(f"{name}: test accuracy {100 * report[name]:.2f} %")
         weights |= {f"{name}.{key}": value.half() if value.is_floating_point() else value
                     for key, value in model.state_dict().items()}
-    if min(report.values()) < TARGET and options["out"] == str(JUDGES):
+    if min(report.values()) < TARGET and out == JUDGES.resolve():
         raise UserError(f"a judge below {100 * TARGET:.1f} % is not kept: {report}")
-    with atomic(options["out"]) as temporary:
+    with atomic(out) as temporary:
         save_file(weights, temporary, metadata={name: f"{value:.4f}" for name, value in report.items()})
     return report
 

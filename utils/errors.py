@@ -65,5 +65,6 @@ def cli(main):
 
 
 def fail(error):
+    """Print an error as one line on stderr and end with exit code 2."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     sys.exit(2)
