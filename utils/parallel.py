@@ -29,6 +29,8 @@ def parallel(function, jobs, workers=0):
     with context.Pool(workers, _quiet) as pool:
         for result in [pool.apply_async(function, job) for job in jobs]:
             yield result.get()
+        pool.close()
+        pool.join()
 
 
 def _quiet():
