@@ -207,7 +207,7 @@ def swiss_roll(n, generator=None, width=0.02):
 
 # ------------------------------------------------------------------ the network
 class MLP(nn.Module):
-    """Fully connected layers with shortcuts; the time is added in before each. No convolution, no U-Net yet.
+    """Fully connected layers with shortcuts; the time scales and shifts what enters each. No convolution, no U-Net.
 
     shape  of one data point: (2,) or (1, 28, 28)
     width  of the hidden layers; depth: how many of them
@@ -215,18 +215,19 @@ class MLP(nn.Module):
 
     def __init__(self, shape=(2,), width=128, depth=3):
         super().__init__()
-        self.width, size = width, math.prod(shape)
+        size = math.prod(shape)
         self.stem, self.out = nn.Linear(size, width), nn.Linear(width, size)
-        self.time = nn.ModuleList(nn.Linear(TIME, width) for _ in range(depth))
-        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width))
-                                    for _ in range(depth))
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(depth))
+        self.times = nn.ModuleList(nn.Linear(TIME, 2 * width) for _ in range(depth))
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
 
     def forward(self, x, t):
         """x (B, ...), t (B,) int -> the prediction, (B, ...)."""
         emb = time_embedding(t, TIME)
         h = self.stem(x.flatten(1))                                                                # (B, width)
-        for time, layer in zip(self.time, self.layers):
-            h = h + layer(h + time(emb))
+        for norm, time, layer in zip(self.norms, self.times, self.layers):
+            scale, shift = time(emb).chunk(2, dim=1)
+            h = h + layer(F.silu(norm(h) * (1 + scale) + shift))
         return self.out(F.silu(h)).reshape(x.shape)
 
 

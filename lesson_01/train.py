@@ -44,7 +44,8 @@ class Points:
     """Points in the plane, never the same twice; the step number decides which."""
 
     def __init__(self, diffusion, cfg):
-        known = {"swiss_roll": swiss_roll, "eight": eight_gaussians(diffusion).draw, "two": two_gaussians(diffusion).draw}
+        known = {"swiss_roll": swiss_roll, "eight": eight_gaussians(diffusion).draw,
+                 "two": two_gaussians(diffusion).draw}
         if cfg.data not in known:
             raise UserError(f"data={cfg.data} must be digits, {', '.join(known)}")
         self.draw, self.batch_size, self.seed = known[cfg.data], cfg.batch_size, cfg.seed

@@ -321,7 +321,9 @@ def test_judges_read_the_test_set():
     x, y = digits("test").first(10_000)
     assert (classify(x)[0] == y).float().mean() >= 0.994               # the judge of labels
     judge = judging.judge("features")
-    logits = judge.classify(judging._test_features().relu())           # the judge of features can classify as well
+    feature = judging._test_features()
+    assert feature.var(0).mean().item() == pytest.approx(1, rel=1e-3)  # their unit
+    logits = judge.classify((feature * judging._unit(False)).relu())   # the judge of features can classify as well
     assert (logits.argmax(1) == y).float().mean() >= 0.994
     assert torch.allclose(logits[:20], judge(x[:20]), atol=1e-3)
     assert not judge.training and not any(p.requires_grad for p in judge.parameters())

@@ -77,7 +77,7 @@ def main(argv=None):
     except ValueError:
         epochs = math.nan
     if not (math.isfinite(epochs) and epochs > 0):
-        raise UserError(f"epochs={options['epochs']} must be a number above zero")
+        raise UserError(f"epochs={options['epochs']} is no number above zero: use epochs=N")
     out = Path(options["out"]).resolve()
     weights, report = {}, {}
     for name in WIDTHS:

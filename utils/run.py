@@ -135,8 +135,9 @@ class Run:
 
     # ------------------------------------------------------------------ the run's folder
     def _runs(self):
-        """The folder of this script's runs: `runs` in the lesson, or an absolute path. Smoke runs stand aside."""
-        return self.lesson / self.settings.runs / ("smoke" if self.settings.smoke else "")
+        """The folder of this script's runs: `runs` in the lesson, or an absolute path; smoke and quick ones aside."""
+        aside = "smoke" if self.settings.smoke else "quick" if getattr(self.settings, "quick", False) else ""
+        return self.lesson / self.settings.runs / aside
 
     def open_folder(self, name=None):
         """Make (or take) the folder of this run and hold it: a number of its own for every training."""
