@@ -2,7 +2,8 @@
 
 Convention: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; t runs from data (0) to noise (T - 1) and is fed to the
 network as that integer. t = 0 already holds one step of noise; t = -1 is the clean data, abar_{-1} = 1.
-A batch x is (B, ...): points (B, 2) or images (B, 1, 28, 28), in [-1, 1]. t and s are (B,) int64, s earlier than t.
+A batch x is (B, ...): points (B, 2) within [-2, 2], or images (B, 1, 28, 28) in [-1, 1]: both about as large as the
+noise. t and s are (B,) int64, s earlier than t.
 """
 
 import math
@@ -192,17 +193,17 @@ def two_gaussians(diffusion, weight=0.8, std=0.15):
     return Mixture(diffusion, torch.tensor([[0.7, 0.7], [-0.7, -0.7]]), [weight, 1 - weight], std)
 
 
-def eight_gaussians(diffusion, radius=0.8, std=0.06):
+def eight_gaussians(diffusion, radius=1.6, std=0.12):
     """Eight equal clouds on a circle."""
     angle = torch.arange(8) * math.pi / 4
     return Mixture(diffusion, radius * torch.stack([angle.cos(), angle.sin()], dim=1), std=std)
 
 
-def swiss_roll(n, generator=None, width=0.02):
-    """Points on a spiral of one and a half turns, with a little noise across it. (n, 2) in about [-1, 1]."""
+def swiss_roll(n, generator=None, width=0.04):
+    """Points on a spiral of one and a half turns, with a little noise across it. (n, 2) within [-2, 2]."""
     angle = math.pi * (1.5 + 3 * torch.rand(n, generator=generator))
     spiral = torch.stack([angle.cos(), angle.sin()], dim=1) * angle[:, None] / (4.5 * math.pi)
-    return 0.95 * spiral + width * noise_like(spiral, generator)
+    return 1.8 * spiral + width * noise_like(spiral, generator)
 
 
 # ------------------------------------------------------------------ the network
@@ -217,18 +218,22 @@ class MLP(nn.Module):
         super().__init__()
         size = math.prod(shape)
         self.stem, self.out = nn.Linear(size, width), nn.Linear(width, size)
-        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(depth))
-        self.times = nn.ModuleList(nn.Linear(TIME, 2 * width) for _ in range(depth))
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.times = nn.ModuleList(nn.Linear(TIME, 2 * width) for _ in range(depth + 1))
 
     def forward(self, x, t):
         """x (B, ...), t (B,) int -> the prediction, (B, ...)."""
         emb = time_embedding(t, TIME)
         h = self.stem(x.flatten(1))                                                                # (B, width)
-        for norm, time, layer in zip(self.norms, self.times, self.layers):
-            scale, shift = time(emb).chunk(2, dim=1)
-            h = h + layer(F.silu(norm(h) * (1 + scale) + shift))
-        return self.out(F.silu(h)).reshape(x.shape)
+        for layer, time in zip(self.layers, self.times):
+            h = h + layer(at_time(h, time(emb)))
+        return self.out(at_time(h, self.times[-1](emb))).reshape(x.shape)
+
+
+def at_time(h, scale_and_shift):
+    """Hidden values h (B, width), scaled and shifted as the time asks, through the nonlinearity."""
+    scale, shift = scale_and_shift.chunk(2, dim=1)
+    return F.silu(h * (1 + scale) + shift)
 
 
 TIME = 32                                                   # numbers that tell the network the time

@@ -56,7 +56,7 @@ def main(argv=None):
     nets = {job[1:]: load(run, path) for job, path in zip(jobs, parallel(train_arm, jobs, cfg.workers))}
     claim = {"chain": chain(diffusion, cfg), "mixture": mixture_shares(diffusion, cfg),
              "memorisation": memorisation(run, diffusion, nets), "targets": targets(diffusion, nets, cfg),
-             "small_steps": small_steps(diffusion), "train_steps": cfg.steps,
+             "small_steps": small_steps(diffusion), "train_steps": cfg.steps, "point_steps": cfg.point_steps,
              "minutes": round((time.perf_counter() - start) / 60, 1)}
     verdicts = {}
     for name in ("chain", "mixture", "memorisation"):
@@ -65,7 +65,7 @@ def main(argv=None):
     write_json(run.folder / "claim.json", claim)
     plot(claim, run.folder / "claim.png")
     plot_small_steps(diffusion, claim["small_steps"], run.folder / "small_steps.png")
-    plot_score_field(diffusion, nets["x0", 0], run.folder / "score_field.png")
+    plot_score_field(diffusion, nets["noise", 0], run.folder / "score_field.png")
     save_gif(particles(diffusion, nets["swiss_roll", 0]), run.folder / "particles.gif", columns=2, seconds=8)
     run.record("claim", minutes=claim["minutes"], **verdicts)
     if full(cfg):
@@ -90,10 +90,12 @@ def train_arm(argv, name, seed):
     """Train one network (or take it from an earlier call): digits, the swiss roll, or eight clouds and a target."""
     run = Run(__file__, argv)
     cfg, folder = run.config.reproduce, run.open_folder("claim")
-    data = {"digits": ["data=digits", f"limit={cfg.images}"], "swiss_roll": ["data=swiss_roll"]}
+    what = {"digits": ["data=digits", f"limit={cfg.images}"], "swiss_roll": ["data=swiss_roll"]}.get(
+        name, ["data=eight", f"diffusion.predict={name}"])
+    steps = cfg.steps if name == "digits" else cfg.point_steps
     return trained(train.main, folder / f"{name}_{seed}", [
-        *["smoke=true"] * cfg.smoke, *data.get(name, ["data=eight", f"diffusion.predict={name}"]), f"seed={seed}",
-        f"steps={cfg.steps}", "preview_every=0", f"precision={cfg.precision}", f"device={cfg.device}"], run.lesson)
+        *["smoke=true"] * cfg.smoke, *what, f"seed={seed}", f"steps={steps}", "preview_every=0",
+        f"precision={cfg.precision}", f"device={cfg.device}"], run.lesson)
 
 
 def load(run, path):
@@ -308,7 +310,7 @@ def plot_small_steps(diffusion, rows, path):
     data, grid = two_spikes(diffusion), torch.linspace(-1.6, 1.6, 1601, dtype=torch.float64)
     fig, axes = figure(1, 5, width=2.9, height=2.9)
     t, xt = rows[0]["t"], torch.tensor([0.1], dtype=torch.float64)
-    for ax, row in zip(axes, [rows[0], rows[len(rows) // 2], rows[-3], rows[-1]]):
+    for ax, row in zip(axes, [rows[0], rows[len(rows) // 2], rows[-2], rows[-1]]):
         exact, gauss = reverse_density(diffusion, data, xt, t, row["s"], grid)
         ax.fill_between(grid, exact, color="C0", alpha=0.4, lw=0, label="exact")
         ax.plot(grid, gauss, "k--", lw=1, label="Gaussian")
@@ -323,39 +325,38 @@ def plot_small_steps(diffusion, rows, path):
 
 def plot_score_field(diffusion, learned, path):
     """Exact and learned score of eight clouds at four noise levels, over log q_t in one range of colours."""
-    data, side = eight_gaussians(diffusion), torch.linspace(-1.9, 1.9, 20)
-    points = torch.cartesian_prod(side, side)
-    fine = torch.linspace(-2.1, 2.1, 150)
+    data, reach, fine = eight_gaussians(diffusion), 2.6, torch.linspace(-2.6, 2.6, 150)
+    points = torch.cartesian_prod(*[torch.linspace(-2.4, 2.4, 15)] * 2)
+    pixels, levels = torch.cartesian_prod(fine, fine), torch.linspace(-10, 2, 13)
     fig, axes = figure(2, 4, width=2.9, height=2.9)
-    for column, t in enumerate(spread(diffusion, 0.05, 0.15, 0.3, 0.6)):
-        sigma = (1 - diffusion.abar[t]).sqrt().item()
-        pixels = torch.cartesian_prod(fine, fine)
+    for column, t in enumerate(spread(diffusion, 0.02, 0.08, 0.2, 0.5)):
         log_q = data.log_q(pixels, at(t, pixels)).reshape(150, 150).T
         exact = diffusion.score_from_x0(data(points, at(t, points)), points, at(t, points))
         for ax, score in zip(axes[:, column], (exact, learned_score(*learned, points, t))):
-            ax.imshow(log_q, origin="lower", extent=(-2.1, 2.1, -2.1, 2.1), vmin=-8, vmax=1.5, cmap="Blues")
-            ax.quiver(*points.T, *(sigma * score).T, angles="xy", scale_units="xy", scale=12, width=0.005)
-            ax.set(xticks=[], yticks=[])
+            ax.contourf(fine, fine, log_q, levels, cmap="Blues", extend="both")
+            arrow = (1 - diffusion.abar[t]).sqrt().item() * score          # the size of the noise ...
+            arrow = arrow / (1 + arrow.norm(dim=1, keepdim=True))          # ... or, far out, not longer than 1
+            ax.quiver(*points.T, *arrow.T, angles="xy", scale_units="xy", scale=2.4, width=0.006)
+            ax.set(xticks=[], yticks=[], xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         axes[0, column].set_title(f"t = {t}, $\\bar\\alpha_t$ = {diffusion.abar[t]:.3f}", fontsize=10)
     axes[0, 0].set_ylabel("exact")
     axes[1, 0].set_ylabel("learned")
     return save_figure(fig, path)
 
 
-def particles(diffusion, learned, n=4000, steps=100):
+def particles(diffusion, learned, n=2000, steps=100):
     """Data dissolve and form again: eight clouds by the exact denoiser, the swiss roll by a learned one."""
+    columns, steps = [], min(steps, diffusion.timesteps)
     data = eight_gaussians(diffusion)
-    steps = min(steps, diffusion.timesteps)
-    frames = [[], []]
-    for part, start, process, net in ((frames[0], data.draw(n, seeded(0)), diffusion, data),
-                                      (frames[1], swiss_roll(n, seeded(0)), *learned)):
-        eps = torch.randn(start.shape, generator=seeded(1))
-        times = spread(diffusion, *[i / 25 for i in range(26)])
-        part += [picture(start, hue(start))] * 4
-        part += [picture(process.q_sample(start, at(t, start), eps), hue(start)) for t in times]
-        path = [x for _, x, _ in process.reverse(net, torch.randn(n, 2, generator=seeded(2)), steps, seeded(3))]
-        part += [picture(x, hue(path[-1])) for x in path[::2] + path[-1:]]
-    return [torch.cat(pair) for pair in zip(*frames)]
+    for start, process, net in ((data.draw(n, seeded(0)), diffusion, data), (swiss_roll(n, seeded(0)), *learned)):
+        eps = torch.randn(n, 2, generator=seeded(1))
+        times = spread(diffusion, *[(i / 15) ** 2 for i in range(16)])
+        noised = [start] * 3 + [process.q_sample(start, at(t, start), eps) for t in times]
+        xT = torch.randn(n, 2, generator=seeded(2))
+        path = [x for _, x, _ in process.reverse(net, xT, steps, seeded(3))]
+        columns.append([picture(x, hue(start)) for x in noised]
+                       + [picture(x, hue(path[-1])) for x in [xT, *path[::4], path[-1]]])
+    return [torch.cat(pair) for pair in zip(*columns)]
 
 
 def hue(x):

@@ -53,7 +53,7 @@ def denoising(diffusion, net, xT, steps, generator, frames=40):
     return [torch.stack([picture(x), picture(x0)], dim=1).flatten(0, 1) for _, x, x0 in path]
 
 
-def picture(x, colour=None, size=160, reach=1.5):
+def picture(x, colour=None, size=140, reach=2.6):
     """Images as they are, the first 64; points (N, 2) as one image (1, 3, size, size), each a pixel of its colour."""
     x = x.cpu()
     if x.ndim == 4:

@@ -18,14 +18,17 @@ def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
     kind = "digits" if cfg.data == "digits" else "points"
-    diffusion, net = Diffusion(**run.config.diffusion), MLP(**run.config[kind])
+    process = {**run.config.diffusion}
+    if process["predict"] == "auto":
+        process["predict"] = "x0" if kind == "digits" else "noise"
+    diffusion, net = Diffusion(**process), MLP(**run.config[kind])
     data = digits("train", cfg.batch_size, cfg.seed, cfg.limit or None) if kind == "digits" else Points(diffusion, cfg)
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, fused=True)
     diffusion, net, optimizer = run.prepare(diffusion, net, optimizer)
     ema = EMA(net, cfg.ema_decay)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
 
-    for step, (x0, _) in run.steps(data):               # (B, 1, 28, 28) or (B, 2), in [-1, 1]
+    for step, (x0, _) in run.steps(data):               # (B, 1, 28, 28) in [-1, 1], or (B, 2)
         optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
         loss = diffusion.loss(net, x0)
         optimizer.zero_grad()
@@ -37,7 +40,7 @@ def main(argv=None):
             n = 64 if kind == "digits" else 4000
             x = diffusion.sample(ema.module, n, run.config.sample.steps, tuple(run.config[kind].shape), run.generator())
             save_grid(picture(x), run.folder / f"preview_{step + 1:06d}.png")
-    return run.finish(ema, diffusion=run.config.diffusion, **{kind: run.config[kind]})     # weights, curve, numbers
+    return run.finish(ema, diffusion=process, **{kind: run.config[kind]})                  # weights, curve, numbers
 
 
 class Points:

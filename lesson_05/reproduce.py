@@ -1,7 +1,7 @@
 """Measure the claims of the DDPM paper again: Table 2, Section 4.3, and the clipping that Algorithm 2 leaves out.
 
     python reproduce.py publish=true      all arms, three seeds; writes results/claim.json and results/claim.png
-    python reproduce.py quick=true        a look in two minutes, no verdict
+    python reproduce.py quick=true        a look at it, no verdict
     python reproduce.py unet.channels=48  other values for all arms; without publish=true to runs/claim
 
 (a) Table 2. Of {mean, noise} prediction x {bound, simple} objective, trained alike:
