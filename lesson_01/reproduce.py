@@ -7,6 +7,10 @@ The criteria were written down before the numbers were seen.
 
 (a) The chain and its closed form. 1e5 points are noised step by step from x_0 = 1. At t = 0, 9, 99, 499 and 999
     their mean and variance are within 3 standard errors of sqrt(abar_t) and 1 - abar_t, in every seed.
+    Criterion (a) failed at its first run: one of the thirty comparisons, the variance after a single step in the third
+    seed, is 3.94 standard errors off. It stays as it was. Two looks were added to tell bad luck from a wrong formula:
+    mean and variance followed through all the steps without drawing anything, and ten further seeds, of which at
+    most 3 in 100 comparisons may lie outside.
 (b) Small steps. Walking back with the exact denoiser of a mixture with weights 0.8 and 0.2, 100 or more steps give
     the large cloud a share of 0.80 +- 0.02 in every seed; 5 steps miss it by more than 0.02, and by more than 100
     steps do, in every seed.
@@ -53,10 +57,12 @@ def main(argv=None):
     diffusion = Diffusion(**{**run.config.diffusion, "predict": "x0"})     # an exact denoiser answers with x_0
     jobs = [(run.argv, name, seed) for seed in range(cfg.seeds) for name in ("digits", "x0", "noise", "score")]
     jobs.append((run.argv, "swiss_roll", 0))
-    nets = {job[1:]: load(run, path) for job, path in zip(jobs, parallel(train_arm, jobs, cfg.workers))}
+    paths = {job[1:]: path for job, path in zip(jobs, parallel(train_arm, jobs, cfg.workers))}
+    nets = {name: load(run, path) for name, path in paths.items()}
     claim = {"chain": chain(diffusion, cfg), "mixture": mixture_shares(diffusion, cfg),
              "memorisation": memorisation(run, diffusion, nets), "targets": targets(diffusion, nets, cfg),
              "small_steps": small_steps(diffusion), "train_steps": cfg.steps, "point_steps": cfg.point_steps,
+             "training_minutes": round(sum(minutes(path) for path in paths.values()), 1),
              "minutes": round((time.perf_counter() - start) / 60, 1)}
     verdicts = {}
     for name in ("chain", "mixture", "memorisation"):
@@ -67,7 +73,7 @@ def main(argv=None):
     plot_small_steps(diffusion, claim["small_steps"], run.folder / "small_steps.png")
     plot_score_field(diffusion, nets["noise", 0], run.folder / "score_field.png")
     save_gif(particles(diffusion, nets["swiss_roll", 0]), run.folder / "particles.gif", columns=2, seconds=8)
-    run.record("claim", minutes=claim["minutes"], **verdicts)
+    run.record("claim", minutes=claim["minutes"], training_minutes=claim["training_minutes"], **verdicts)
     if full(cfg):
         for name in ("claim.json", *PICTURES):
             run.publish(run.folder / name)
@@ -105,7 +111,13 @@ def load(run, path):
     return Diffusion(**weights.config["diffusion"]), weights.load(MLP(**weights.config[kind])).eval()
 
 
+def minutes(path):
+    """How long a network took to train, also if that was in an earlier call."""
+    return json.loads((path.parent / "results.json").read_text())["train"]["minutes"]
+
+
 def seeded(seed):
+    """A generator of random numbers."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -122,18 +134,45 @@ def spread(diffusion, *shares):
 # ------------------------------------------------------------------ (a) the chain and its closed form
 def chain(diffusion, cfg):
     """Noise x_0 = 1 step by step; errors of mean and variance in standard errors, at some t."""
-    rows, n = [], cfg.chain
-    for seed in range(cfg.seeds):
-        generator, x = seeded(seed), torch.ones(n, dtype=torch.float64)
-        for t in range(diffusion.timesteps):
-            x = diffusion.q_step(x, torch.tensor([t]), torch.randn(n, generator=generator, dtype=torch.float64))
-            if t in (0, 9, 99, 499, 999):
-                abar, mean, variance = diffusion.abar[t].item(), x.mean().item(), x.var().item()
-                rows.append({"seed": seed, "t": t, "mean": mean, "mean_exact": abar ** 0.5, "variance": variance,
-                             "variance_exact": 1 - abar, "mean_z": (mean - abar ** 0.5) / ((1 - abar) / n) ** 0.5,
-                             "variance_z": (variance / (1 - abar) - 1) / (2 / (n - 1)) ** 0.5})
-    worst = max(abs(row[key]) for row in rows for key in ("mean_z", "variance_z"))
-    return {"rows": rows, "n": n, "worst_z": worst, "holds": worst <= 3}
+    rows = [row for seed in range(cfg.seeds) for row in noised(diffusion, cfg.chain, seed)]
+    more = [row for seed in range(100, 100 + cfg.more_seeds) for row in noised(diffusion, cfg.chain, seed)]
+    worst, worst_more = (max(map(abs, errors(part))) for part in (rows, more))
+    outside = sum(abs(z) > 3 for z in errors(more))
+    second = {"relative_error_without_noise": recursion_error(diffusion), "seeds": cfg.more_seeds,
+              "worst_z": worst_more, "comparisons": len(errors(more)), "outside": outside,
+              "holds": outside <= 0.03 * len(errors(more))}
+    return {"rows": rows, "n": cfg.chain, "worst_z": worst, "second_look": second, "holds": worst <= 3}
+
+
+def noised(diffusion, n, seed):
+    """Mean and variance of n points on their way, against the closed form, at some t."""
+    generator, x, rows = seeded(seed), torch.ones(n, dtype=torch.float64), []
+    for t in range(diffusion.timesteps):
+        x = diffusion.q_step(x, torch.tensor([t]), torch.randn(n, generator=generator, dtype=torch.float64))
+        if t in (0, 9, 99, 499, 999):
+            abar, mean, variance = diffusion.abar[t].item(), x.mean().item(), x.var().item()
+            rows.append({"seed": seed, "t": t, "mean": mean, "mean_exact": abar ** 0.5, "variance": variance,
+                         "variance_exact": 1 - abar, "mean_z": (mean - abar ** 0.5) / ((1 - abar) / n) ** 0.5,
+                         "variance_z": (variance / (1 - abar) - 1) / (2 / (n - 1)) ** 0.5})
+    return rows
+
+
+def errors(rows):
+    """All errors of some rows, in standard errors."""
+    return [row[key] for row in rows for key in ("mean_z", "variance_z")]
+
+
+def recursion_error(diffusion):
+    """Follow mean and variance through all steps: the largest relative difference from the closed form."""
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    mean, variance, worst = one, zero, 0.0
+    for i in range(diffusion.timesteps):
+        t = torch.tensor([i])
+        kept, added = diffusion.q_step(one, t, zero), diffusion.q_step(zero, t, one)
+        mean, variance = kept * mean, kept ** 2 * variance + added ** 2
+        abar = diffusion.abar[i]
+        worst = max(worst, (mean / abar.sqrt() - 1).abs().item(), (variance / (1 - abar) - 1).abs().item())
+    return worst
 
 
 # ------------------------------------------------------------------ (b) the weights of a mixture
@@ -249,9 +288,12 @@ def small_steps(diffusion):
 # ------------------------------------------------------------------ what is printed and drawn
 def text(claim):
     """The tables under their verdicts."""
-    mixture, memory = claim["mixture"], claim["memorisation"]
+    mixture, memory, second = claim["mixture"], claim["memorisation"], claim["chain"]["second_look"]
     lines = ["", f"(a) chain and closed form: {claim['chain']['verdict']}   (largest error "
              f"{claim['chain']['worst_z']:.2f} standard errors of {claim['chain']['n']} points)",
+             f"    second look: relative error without noise {second['relative_error_without_noise']:.1e}; in "
+             f"{second['seeds']} more seeds {second['outside']} of {second['comparisons']} comparisons outside 3 "
+             f"standard errors, the largest {second['worst_z']:.2f}",
              f"(b) share of the large cloud, exactly 0.8: {mixture['verdict']}   (n = {mixture['n']})"]
     lines += [f"    {steps:5} steps   " + "  ".join(f"{share:.4f}" for share in seeds)
               for steps, seeds in mixture["share_by_steps"].items()]
@@ -350,7 +392,7 @@ def particles(diffusion, learned, n=2000, steps=100):
     data = eight_gaussians(diffusion)
     for start, process, net in ((data.draw(n, seeded(0)), diffusion, data), (swiss_roll(n, seeded(0)), *learned)):
         eps = torch.randn(n, 2, generator=seeded(1))
-        times = spread(diffusion, *[(i / 15) ** 2 for i in range(16)])
+        times = spread(diffusion, *[(i / 15) ** 2 * 0.6 for i in range(16)])
         noised = [start] * 3 + [process.q_sample(start, at(t, start), eps) for t in times]
         xT = torch.randn(n, 2, generator=seeded(2))
         path = [x for _, x, _ in process.reverse(net, xT, steps, seeded(3))]
