@@ -136,7 +136,7 @@ def serve():
 
     from utils.data import mnist_folder
 
-    answers = os.fdopen(os.dup(1), "w")                # what else is printed, on the way to MNIST for one, goes to stderr
+    answers = os.fdopen(os.dup(1), "w")                # whatever else is printed goes to stderr
     os.dup2(2, 1)
     mnist_folder()                                     # its checksums are verified once for all
     for line in sys.stdin:
