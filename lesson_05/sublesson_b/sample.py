@@ -1,0 +1,83 @@
+"""Interpolate between digits of the test set: noise two to the same time, mix, denoise.
+
+    python sample.py                                64 pairs: an image in the middle of each, a strip for the first 8
+    python sample.py t=250 rule=shared              less noise; one noise for both digits
+    python sample.py gif=denoising.gif              the way from digit to digit as an animation, above a cross-fade
+    python sample.py n=2048 metrics=true            FID and the other scores of the images in the middle
+    python sample.py figures=true                   a pair at every depth, a pair under every rule
+"""
+
+import time
+
+import torch
+
+from model import RULES, Interpolation, UNet
+from utils import Run, UserError, cli, digits, report, save_gif, save_npz, save_strip, score
+
+
+def main(argv=None):
+    run = Run(__file__, argv)
+    cfg = run.config.sample
+    weights = run.weights()                             # your own, else those that lesson 05 publishes
+    ddpm = Interpolation(**{**weights.config["ddpm"], **({"variance": cfg.variance} if cfg.variance else {})})
+    net = weights.load(UNet(**weights.config["unet"]))
+    ddpm, net = run.place(ddpm, net)
+    t, steps = min(cfg.t, ddpm.timesteps - 1), min(cfg.steps, ddpm.timesteps)
+    x0, y0, _, _ = pairs(cfg.n, cfg.seed)
+
+    def way(x0, y0, lams, t=t, rule=cfg.rule, seed=0):
+        return ddpm.between(net, x0.to(run.device), y0.to(run.device), lams, t, rule, steps, cfg.clip,
+                            run.generator(seed)).cpu()
+
+    start = time.perf_counter()
+    batches = enumerate(zip(x0.split(cfg.batch), y0.split(cfg.batch)))
+    x = torch.cat([way(a, b, [0.5], seed=i)[0] for i, (a, b) in batches])
+    seconds, calls = time.perf_counter() - start, len(ddpm.times(t, steps)) - 1
+    print(f"{cfg.n} pairs mixed at t = {t}, {calls} network calls each, in {seconds:.1f} s")
+    few = strip(x0[:8], y0[:8], way(x0[:8], y0[:8], [i / 8 for i in range(9)]))
+    run.output(save_strip, few, "samples.png")
+    if cfg.npz:
+        run.output(save_npz, x, cfg.npz)
+    if cfg.gif:
+        lams = [i / 24 for i in range(25)]
+        a, b = x0[:10], y0[:10]
+        blend = [(1 - lam) * a + lam * b for lam in lams]
+        frames = [torch.cat([above, below]) for above, below in zip(way(a, b, lams), blend)]
+        run.output(save_gif, frames, cfg.gif, columns=len(a))
+    if cfg.figures:
+        figures(run, ddpm, net, way, x0, y0, steps)
+    if cfg.metrics:
+        scores = score(x)
+        print(report(scores))
+        run.record(f"sample_{cfg.rule}_{t}", nfe=calls, t=t, rule=cfg.rule, seconds=round(seconds, 1), **scores)
+    return x
+
+
+def pairs(n, seed):
+    """n pairs of test images that show different digits: x0, y0 (n, 1, 28, 28) and their labels."""
+    x, label = digits("test").first(10_000, shuffle_seed=seed)
+    x, label = x.unflatten(0, (2, 5000)), label.unflatten(0, (2, 5000))
+    different = (label[0] != label[1]).nonzero()[:n, 0]
+    if len(different) < n:
+        raise UserError(f"n={n}: the test set gives {len(different)} pairs of different digits; choose a smaller n")
+    return x[0][different], x[1][different], label[0][different], label[1][different]
+
+
+def strip(x0, y0, way):
+    """Rows for a picture: x0, the way from lam = 0 to 1 (len(lams), B, 1, 28, 28), y0."""
+    return [torch.cat([a[None], way[:, i], b[None]]) for i, (a, b) in enumerate(zip(x0, y0))]
+
+
+def figures(run, ddpm, net, way, x0, y0, steps):
+    """Two pairs at every depth between a cross-fade and the code of lesson 06; one pair under the three rules."""
+    a, b, lams = x0[:2], y0[:2], [i / 6 for i in range(7)]
+    depths = [min(t, ddpm.timesteps - 1) for t in run.config.reproduce.depths]
+    rows = [torch.stack([(1 - lam) * a + lam * b for lam in lams]), *(way(a, b, lams, t) for t in depths),
+            ddpm.spherical(net, a.to(run.device), b.to(run.device), lams, steps).cpu()]
+    run.output(save_strip, [torch.cat([row[:, 0], row[:, 1]]) for row in rows], "depths.png")
+    rows = [way(a, b, lams, t, rule) for t in (depths[len(depths) // 2], depths[-1]) for rule in RULES]
+    run.output(save_strip, [torch.cat([row[:, 0], row[:, 1]]) for row in rows], "rules.png")
+
+
+if __name__ == "__main__":
+    cli(main)

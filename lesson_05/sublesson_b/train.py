@@ -1,0 +1,41 @@
+"""Train DDPM on MNIST, as lesson 05 does. Without it, this lesson uses the weights that lesson 05 publishes.
+
+    python train.py                          the values of config.yaml
+    python train.py steps=500 lr=1e-3        other values; --help lists them
+    python train.py --resume                 go on after Ctrl-C or a crash
+    torchrun --nproc_per_node 2 train.py     several processes, one model
+"""
+
+import torch
+
+from model import DDPM, UNet
+from utils import EMA, Run, cli, digits, ramp, save_grid
+
+
+# Copied from lesson_05/train.py: main
+def main(argv=None):
+    run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
+    cfg = run.config.train
+    ddpm, net = DDPM(**run.config.ddpm), UNet(**run.config.unet)
+    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    ddpm, net, optimizer = run.prepare(ddpm, net, optimizer)
+    ema = EMA(net, cfg.ema_decay)
+    run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
+
+    for step, (x0, _) in run.steps(digits("train", cfg.batch_size, cfg.seed)):      # (B, 1, 28, 28) in [-1, 1]
+        optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
+        loss = ddpm.loss(net, x0)                       # Algorithm 1, lines 2 to 5
+        optimizer.zero_grad()
+        run.backward(loss)
+        run.clip_grad_norm(net.parameters(), cfg.clip)
+        optimizer.step()
+        ema.update(net)                                 # samples come from the average of the weights
+        run.log(loss=loss)
+        if run.every(cfg.preview_every):
+            x = ddpm.sample(ema.module, 64, min(run.config.sample.steps, ddpm.timesteps), generator=run.generator())
+            save_grid(x, run.folder / f"preview_{step + 1:06d}.png")
+    return run.finish(ema, unet=run.config.unet, ddpm=run.config.ddpm)              # weights, loss curve, numbers
+
+
+if __name__ == "__main__":
+    cli(main)
