@@ -34,6 +34,7 @@ SOURCES = ("model.py", "train.py", "sample.py", "reproduce.py")
 LINES = {"train.py": 90, "sample.py": 85, "model.py": 420}
 PUBLISHED = ("samples.png", "denoising.gif", "loss.png", "claim.png", "claim.json", "results.json",
              "weights.safetensors")
+TRAINED = {"loss.png", "weights.safetensors"}          # of a lesson that publishes a training of its own
 HEADINGS = ["The paper in three sentences", "What is new since lesson", "The idea and its equations",
             "From equation to line", "Run it", "Results", "The claim", "Differences from the paper",
             "If it looks wrong", "Questions readers ask", "Exercises"]
@@ -64,6 +65,12 @@ def tree(folder, name):
     return ast.parse(text(folder, name), f"{folder.name}/{name}")
 
 
+def weights_file(folder):
+    """The published weights: the lesson's own or, where config.yaml has sample.published, those of the lesson named."""
+    named = yaml.safe_load(text(folder, "config.yaml"))["sample"].get("published")
+    return (folder / (named or "results/weights.safetensors")).resolve()
+
+
 def git(*arguments):
     """What git answers; the test is skipped where there is no repository."""
     if not (ROOT / ".git").exists():
@@ -83,7 +90,14 @@ def test_file_exists(folder, name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_result_is_published(folder, name):
+    if name in TRAINED and weights_file(folder).parent != folder / "results":
+        assert not (folder / "results" / name).exists(), f"results/{name} of a lesson with another one's weights"
+        return
     assert (folder / "results" / name).is_file(), f"results/{name} is missing"
+
+
+def test_weights_are_those_of_a_ready_lesson(folder):
+    assert weights_file(folder).parent in [ROOT / lesson["folder"] / "results" for lesson in READY]
 
 
 def test_no_large_file_in_git():
@@ -102,6 +116,8 @@ def test_notebook_is_small(folder):
 
 @pytest.mark.parametrize("name", ["samples.png", "denoising.gif", "loss.png", "claim.png"])
 def test_pictures_are_pictures(folder, name):
+    if name in TRAINED and weights_file(folder).parent != folder / "results":
+        return
     with Image.open(folder / "results" / name) as picture:
         assert min(picture.size) > 50
         assert picture.convert("L").getextrema() != (0, 0)
@@ -117,7 +133,8 @@ def published_results(folder):
 def test_every_number_says_how_it_was_made(folder):
     results = published_results(folder)
     entries = {name: one for name, one in results.items() if name != "headline"}
-    assert all(isinstance(one, dict) for one in entries.values()) and "train" in entries
+    own = weights_file(folder).parent == folder / "results"
+    assert all(isinstance(one, dict) for one in entries.values()) and ("train" in entries) == own
     for name, one in entries.items():
         missing = {"command", "seed", "device", "torch", "code"} - set(one)
         assert not missing, f"{name} lacks {sorted(missing)}"
@@ -126,7 +143,7 @@ def test_every_number_says_how_it_was_made(folder):
         assert "smoke" not in command and "quick" not in command, f"{name}: {command}"
         assert re.fullmatch(r"[0-9a-f]{12}", one["code"]), f"{name}: {one['code']}"
         assert isinstance(one["seed"], int) and one["device"] and one["torch"]
-    assert entries["train"]["steps"] > 0 and entries["train"]["minutes"] > 0
+    assert not own or entries["train"]["steps"] > 0 and entries["train"]["minutes"] > 0
     for name, one in entries.items():
         if "fid" in one:                               # a score is read beside n, floor and network calls
             assert {"n", "fid_floor", "nfe"} <= set(one), f"{name}: a FID without n, floor or nfe"
@@ -152,14 +169,14 @@ def test_claim_has_a_verdict(folder):
 
 
 def test_weights_are_small_and_say_what_they_are(folder):
-    path = folder / "results" / "weights.safetensors"
+    path = weights_file(folder)
     assert path.is_file() and path.stat().st_size <= 1.5 * MB
     with safe_open(path, "pt") as file:
         meta = file.metadata()
         dtypes = {file.get_tensor(key).dtype for key in file.keys()}
         assert all(bool(file.get_tensor(key).isfinite().all()) for key in file.keys())
     assert torch.float16 in dtypes and not {dtype for dtype in dtypes if dtype.is_floating_point} - {torch.float16}
-    assert folder.name in meta["lesson"]
+    assert path.parent.parent.name in meta["lesson"]
     config = json.loads(meta["config"])
     assert config and all(isinstance(section, dict) for section in config.values())
     assert set(config) <= set(yaml.safe_load(text(folder, "config.yaml")))

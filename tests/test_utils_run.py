@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -331,6 +332,25 @@ def test_sample_takes_the_newest_then_the_published_and_says_which(lesson, weigh
     assert third.wait() == 0 and "using the published weights: " in third.out, third.err
     assert (lesson / "runs/smoke/published/a.gif").exists() and (lesson / "runs/smoke/published/b.npz").exists()
     assert "between 2 and" in launch(script, *argv, "steps=5000").error()
+
+
+def test_published_weights_may_be_those_of_another_lesson(lesson, weights, launch, tmp_path):
+    (lesson / "results").mkdir()
+    (lesson / "results" / "weights.safetensors").write_bytes(weights.read_bytes())
+    child = shutil.copytree(lesson, tmp_path / "lesson_06", ignore=shutil.ignore_patterns("results"))
+    config = (child / "config.yaml").read_text()
+    argv = ["smoke=true", "threads=1"]
+    refused = launch(child / "sample.py", *argv, f"weights={weights}").error()
+    assert "holds weights of lesson_05, not of lesson_06:" in refused
+    (child / "config.yaml").write_text(config.replace(
+        "\nsample:\n", "\nsample:\n  published: ../lesson_05/results/weights.safetensors\n"))
+    first = launch(child / "sample.py", *argv)
+    assert first.wait() == 0 and "using the published weights: " in first.out, first.err
+    assert (child / "runs/smoke/published/samples.png").exists() and not (lesson / "runs").exists()
+    assert launch(child / "sample.py", *argv, f"weights={weights}").wait() == 0     # any file of that lesson will do
+    (child / "config.yaml").write_text(config.replace(
+        "\nsample:\n", "\nsample:\n  published: ../lesson_99/results/weights.safetensors\n"))
+    assert "there is no weights file" in launch(child / "sample.py", *argv, "weights=published").error()
 
 
 def test_bad_weights_files_are_one_line(launch, weights, tmp_path):

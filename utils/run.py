@@ -493,6 +493,16 @@ class Run:
         with atomic(self.lesson / "results" / (name or Path(path).name)) as temporary:
             temporary.write_bytes(Path(path).read_bytes())
 
+    @property
+    def published(self):
+        """The published weights: the lesson's own, or another lesson's file that it names as `sample.published`."""
+        named = getattr(getattr(self.config, "sample", None), "published", "")
+        return (self.lesson / (named or "results/weights.safetensors")).resolve()
+
+    def read(self, path):
+        """A weights file of this lesson or of the one that it takes its published weights from."""
+        return Weights(path, self.name, lesson_name(self.published.parent.parent))
+
     def weights(self):
         """The weights that this script should use; says which.
 
@@ -501,7 +511,7 @@ class Run:
         """
         given = getattr(self.settings, "weights", "") or ""
         trained = [p / "weights.safetensors" for p in numbered(self._runs()) if (p / "weights.safetensors").exists()]
-        published = self.lesson / "results" / "weights.safetensors"
+        published = self.published
         if given == "published" or not given and not trained and published.exists():
             path, what = published, "published weights"
         elif given:
@@ -511,7 +521,7 @@ class Run:
         else:
             raise UserError(f"no weights in {self._runs()} and none published in {published.parent}: "
                             "run `python train.py` first")
-        loaded = Weights(path, self.name)
+        loaded = self.read(path)
         self.say(f"using the {what}: {_short(path)}")
         if path.parent.parent == self._runs():
             self.folder = path.parent
@@ -525,9 +535,12 @@ class Stopped(KeyboardInterrupt):
 
 
 class Weights:
-    """A weights file: `.config` holds the sections its objects were made from, `.load(net)` fills a network."""
+    """A weights file: `.config` holds the sections its objects were made from, `.load(net)` fills a network.
 
-    def __init__(self, path, lesson):
+    lessons: names of the lessons that it may be of.
+    """
+
+    def __init__(self, path, *lessons):
         from safetensors import SafetensorError, safe_open
 
         self.path = Path(path)
@@ -539,9 +552,9 @@ class Weights:
                 self.state = {key: file.get_tensor(key) for key in file.keys()}
         except SafetensorError as error:
             raise UserError(f"{path} is not a readable safetensors file ({error}): delete it and train again") from None
-        if meta.get("lesson") != lesson:
-            raise UserError(f"{path} holds weights of {meta.get('lesson', 'something else')}, not of {lesson}: "
-                            "choose another file with weights=FILE")
+        if meta.get("lesson") not in lessons:
+            raise UserError(f"{path} holds weights of {meta.get('lesson', 'something else')}, not of "
+                            f"{' or '.join(dict.fromkeys(lessons))}: choose another file with weights=FILE")
         try:
             self.config = {name: Section(**values) for name, values in json.loads(meta["config"]).items()}
         except (KeyError, ValueError, TypeError, AttributeError):
