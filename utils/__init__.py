@@ -1,5 +1,16 @@
-"""What no paper talks about: data, averages of weights, pictures, configuration, runs, scores."""
+"""What no paper talks about: data, captions, averages of weights, pictures, configuration, runs, scores."""
 
+from .captions import (
+    Tokenizer,
+    attributes,
+    caption,
+    captioned,
+    follow,
+    held_out,
+    measure,
+    read_caption,
+    scene_caption,
+)
 from .config import Section
 from .data import digits, to_float, to_uint8
 from .ema import EMA
@@ -11,7 +22,9 @@ from .run import Run, Weights, code_hash, ramp, save_weights, trained
 from .scores import classify, fid_to_test, floor, report, score
 
 __all__ = [
-    "EMA", "ROOT", "Run", "Section", "UserError", "Weights", "atomic", "classify", "cli", "code_hash", "digits",
-    "fid_to_test", "figure", "floor", "grid", "parallel", "ramp", "report", "save_figure", "save_gif", "save_grid",
-    "save_losses", "save_npz", "save_strip", "save_weights", "score", "to_float", "to_uint8", "trained", "write_json",
+    "EMA", "ROOT", "Run", "Section", "Tokenizer", "UserError", "Weights", "atomic", "attributes", "caption",
+    "captioned", "classify", "cli", "code_hash", "digits", "fid_to_test", "figure", "floor", "follow", "grid",
+    "held_out", "measure", "parallel", "ramp", "read_caption", "report", "save_figure", "save_gif", "save_grid",
+    "save_losses", "save_npz", "save_strip", "save_weights", "scene_caption", "score", "to_float", "to_uint8",
+    "trained", "write_json",
 ]
