@@ -1,0 +1,80 @@
+"""Draw digits: annealed Langevin dynamics, Algorithm 1.
+
+    python sample.py                                     64 digits from your newest weights, else the published
+    python sample.py n=16 steps=100 epsilon=2e-5 seed=3  fewer digits, the paper's steps a level, other noise
+    python sample.py gif=denoising.gif npz=samples.npz   the way there as an animation; the images as an array
+    python sample.py n=1024 metrics=true                 FID and the other scores
+    python sample.py figures=true                        level by level, inpainting, the nearest training images
+"""
+
+import time
+
+import torch
+
+from model import NCSN, ScoreNet, dequantise, from_unit
+from utils import Run, cli, digits, report, save_gif, save_grid, save_npz, save_strip, score
+
+
+def main(argv=None):
+    run = Run(__file__, argv)
+    cfg = run.config.sample
+    weights = run.weights()                             # the file carries its network's configuration
+    ncsn = NCSN(**weights.config["ncsn"])
+    net = weights.load(ScoreNet(ncsn.levels, **weights.config["scorenet"]))
+    ncsn, net = run.place(ncsn, net)
+    calls = ncsn.levels * cfg.steps
+
+    start = time.perf_counter()
+    x = draw(ncsn, net, cfg.n, cfg.steps, cfg.epsilon, run.generator(), cfg.batch)
+    seconds = time.perf_counter() - start
+    run.output(save_grid, x[:64], "samples.png")
+    print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
+    if cfg.npz:
+        run.output(save_npz, x, cfg.npz)
+    if cfg.gif:
+        run.output(save_gif, denoising(ncsn, net, 9, cfg, run.generator(1)), cfg.gif, columns=6)
+    if cfg.figures:
+        figures(run, ncsn, net, x)
+    if cfg.metrics:
+        scores = score(x)
+        print(report(scores))
+        run.record(f"sample_{calls}", nfe=calls, seconds=round(seconds, 1), epsilon=cfg.epsilon, **scores)
+    return x
+
+
+def draw(ncsn, net, n, steps, epsilon, generator, batch=128):
+    """n samples in batches, (n, 1, 28, 28) in about [-1, 1]."""
+    sizes = [min(batch, n - i) for i in range(0, n, batch)]
+    return from_unit(torch.cat([ncsn.sample(net, size, steps, epsilon, generator=generator) for size in sizes]))
+
+
+def denoising(ncsn, net, n, cfg, generator, frames=40):
+    """Pictures of one batch on its way: x and beside it the x_0 estimated from it."""
+    start = ncsn.start(n, (1, 28, 28), generator)
+    path = [torch.stack([x, x0], dim=1).flatten(0, 1).cpu()
+            for _, x, x0 in ncsn.anneal(net, start, cfg.steps, cfg.epsilon, generator)]
+    return [from_unit(path[i]) for i in sorted({round(i) for i in torch.linspace(0, len(path) - 1, frames).tolist()})]
+
+
+def figures(run, ncsn, net, x):
+    """Three more pictures: chains level by level, right halves made up anew, samples and nearest training images."""
+    cfg, generator = run.config.sample, run.generator(2)
+    rows = [ncsn.start(8, (1, 28, 28), generator)]
+    for k, (_, state, _) in enumerate(ncsn.anneal(net, rows[0], cfg.steps, cfg.epsilon, generator)):
+        rows += [state] if (k + 1) % cfg.steps == 0 else []                # the end of each level
+    run.output(save_strip, [from_unit(chain) for chain in torch.stack(rows, dim=1)], "levels.png")
+
+    known = dequantise(digits("test").first(12)[0]).to(run.device)
+    left = torch.zeros_like(known, dtype=torch.bool)
+    left[..., :14] = True
+    filled = [ncsn.inpaint(net, known, left, cfg.steps, cfg.epsilon, generator) for _ in range(4)]
+    rows = [known, torch.where(left, known, 0.25), *filled]
+    run.output(save_strip, [from_unit(row) for row in rows], "inpainting.png")
+
+    train, _ = digits("train").first(60_000)
+    few = x[:12].cpu()
+    run.output(save_strip, [few, train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]], "neighbours.png")
+
+
+if __name__ == "__main__":
+    cli(main)
