@@ -1,0 +1,89 @@
+"""Train the reverse chain on the bound.
+
+    python train.py                          MNIST, the values of config.yaml
+    python train.py data=swiss_roll          points on a spiral; data=heartbeat: bits, with the binomial chain
+    python train.py steps=500 lr=1e-3        other values; --help lists them
+    python train.py --resume                 go on after Ctrl-C or a crash
+    torchrun --nproc_per_node 2 train.py     several processes, one model
+"""
+
+import math
+
+import torch
+
+from sample import build, draw, picture
+from utils import EMA, Run, UserError, cli, digits, ramp, save_grid, to_float
+
+
+def main(argv=None):
+    run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
+    cfg = run.config.train
+    kind = {"digits": "digits", "swiss_roll": "points", "heartbeat": "bits"}.get(cfg.data)
+    if kind is None:
+        raise UserError(f"data={cfg.data} must be digits, swiss_roll or heartbeat")
+    data = digits("train", cfg.batch_size, cfg.seed) if kind == "digits" else Drawn(cfg)
+    config = {"binomial": {**run.config.binomial}} if kind == "bits" else {"dpm": {**run.config.dpm, **scale(data)}}
+    config[kind] = {**run.config[kind]}
+    chain, net = build(config)
+    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    chain, net, optimizer = run.prepare(chain, net, optimizer)
+    ema = EMA(net, cfg.ema_decay)
+    run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
+    test = digits("test").first(cfg.bound_n)[0] if kind == "digits" else data.draw(cfg.bound_n, run.generator(-1))
+
+    for step, (x0, _) in run.steps(data):               # (B, 1, 28, 28) in [-1, 1], points (B, 2) or bits (B, 20)
+        optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
+        loss = chain.loss(net, x0)                      # minus the bound, bits a pixel
+        optimizer.zero_grad()
+        run.backward(loss)
+        run.clip_grad_norm(net.parameters(), cfg.clip)
+        optimizer.step()
+        ema.update(net)                                 # samples come from the average of the weights
+        run.log(loss=loss)
+        if run.every(cfg.bound_every):                  # the whole bound of test data, all times, the same noise
+            run.log(bound=chain.bound(ema.module, test.to(run.device), run.generator(1))[0].mean())
+        if run.every(cfg.preview_every):
+            n = {"digits": 36, "points": 2000, "bits": 64}[kind]
+            x = draw(chain, ema.module, n, cfg.preview_steps, x0.shape[1:], run.generator())
+            save_grid(picture(x), run.folder / f"preview_{step + 1:06d}.png")
+    return run.finish(ema, **config)                    # weights, curve, numbers
+
+
+def scale(data):
+    """Mean and standard deviation of the data over all values, and the number of their grey levels."""
+    drawn = isinstance(data, Drawn)
+    x = data.draw(100_000, torch.Generator().manual_seed(0)) if drawn else to_float(data.images)
+    return {"mean": x.mean().item(), "std": x.std().item(), "levels": 0 if drawn else 256}
+
+
+# Adapted from lesson_01/train.py: Points -- the swiss roll and the heartbeat
+class Drawn:
+    """Points in the plane or sequences of bits, never the same twice; the step number decides which."""
+
+    def __init__(self, cfg):
+        self.draw = {"swiss_roll": swiss_roll, "heartbeat": heartbeat}[cfg.data]
+        self.batch_size, self.seed = cfg.batch_size, cfg.seed
+
+    def batch(self, step, rank=0, world=1):
+        """The batch of step number `step`: (B, D), and zeros in the place of labels."""
+        generator = torch.Generator().manual_seed(hash((self.seed, step)) % 2**63)
+        x0 = self.draw(self.batch_size, generator)[rank::world]
+        return x0, torch.zeros(len(x0))
+
+
+# Adapted from lesson_01/model.py: swiss_roll -- the noise is drawn here
+def swiss_roll(n, generator=None, width=0.04):
+    """Points on a spiral of one and a half turns, with a little noise across it. (n, 2) within [-2, 2]."""
+    angle = math.pi * (1.5 + 3 * torch.rand(n, generator=generator))
+    spiral = torch.stack([angle.cos(), angle.sin()], dim=1) * angle[:, None] / (4.5 * math.pi)
+    return 1.8 * spiral + width * torch.randn(n, 2, generator=generator)
+
+
+def heartbeat(n, generator=None, size=20, period=5):
+    """Bits that are 1 at every `period`-th place from a random start on: log2 p = -log2(period). (n, size)."""
+    start = torch.randint(period, (n, 1), generator=generator)
+    return (torch.arange(size) % period == start).float()
+
+
+if __name__ == "__main__":
+    cli(main)
