@@ -1,0 +1,85 @@
+"""Draw digits with DDIM from a trained DDPM: few steps, no noise on the way unless eta asks for it.
+
+    python sample.py                                     64 digits, 50 steps: your newest weights, else lesson 05's
+    python sample.py n=16 steps=20 eta=1 seed=3          20 steps of DDPM; sigma_hat=true for its wider noise
+    python sample.py spacing=quadratic clip_x0=fresh      another sub-sequence, clipping as in OpenAI's code
+    python sample.py gif=denoising.gif npz=samples.npz   the way there as an animation; the images as an array
+    python sample.py n=2048 metrics=true                 FID and the other scores
+    python sample.py figures=true                        same noise with more steps, slerp, there and back
+"""
+
+import time
+
+import torch
+
+from model import DDIM, UNet, slerp
+from utils import Run, UserError, cli, digits, report, save_gif, save_grid, save_npz, save_strip, score
+
+
+def main(argv=None):
+    run = Run(__file__, argv)
+    cfg = run.config.sample
+    ddim, net = load(run, run.weights())                # the file carries its network's configuration
+    way = {"times": ddim.times(cfg.steps, cfg.spacing), "eta": cfg.eta, "hat": cfg.sigma_hat, "clip": cfg.clip_x0}
+
+    start = time.perf_counter()
+    x = draw(ddim, net, cfg.n, cfg.seed, cfg.batch, **way)
+    seconds = time.perf_counter() - start
+    run.output(save_grid, x[:64], "samples.png")
+    print(f"{cfg.n} digits, {len(way['times'])} network calls each, in {seconds:.1f} s")
+    if cfg.npz:
+        run.output(save_npz, x, cfg.npz)
+    if cfg.gif:
+        run.output(save_gif, denoising(ddim, net, 6, run.generator(1), **way), cfg.gif, columns=6)
+    if cfg.figures:
+        figures(run, ddim, net, **way)
+    if cfg.metrics:
+        scores = score(x)
+        print(report(scores))
+        how = {"eta": cfg.eta, "sigma_hat": cfg.sigma_hat, "spacing": cfg.spacing, "clip_x0": cfg.clip_x0}
+        run.record(f"sample_{cfg.steps}", nfe=len(way["times"]), seconds=round(seconds, 1), **how, **scores)
+    return x
+
+
+def load(run, weights):
+    """Sampler and network of a weights file: of this lesson, or of lesson 05, which notes more than a sampler needs."""
+    trained = weights.config["ddpm"]
+    if getattr(trained, "predict", "noise") != "noise":
+        raise UserError(f"{weights.path} holds a network that does not predict the noise: choose another")
+    ddim = DDIM(**{key: trained[key] for key in run.config.ddpm.keys() if key in trained.keys()})
+    return run.place(ddim, weights.load(UNet(**weights.config["unet"])))
+
+
+def draw(ddim, net, n, seed, batch=128, **way):
+    """n samples in batches, (n, 1, 28, 28). The seed gives the same x_T whatever eta, steps and batch are."""
+    noise, steps = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 10**6)
+    xT = torch.randn(n, 1, 28, 28, generator=noise).to(ddim.abar.device)
+    return torch.cat([ddim.sample(net, part, generator=steps, **way) for part in xT.split(batch)])
+
+
+def denoising(ddim, net, n, generator, frames=30, **way):
+    """Pictures of one batch on its way: x_t and beside it the x_0 estimated from it, n of each."""
+    x, path = torch.randn(n, 1, 28, 28, generator=generator).to(ddim.abar.device), []
+    for _, x_next, x0 in ddim.reverse(net, x, generator=generator, **way):
+        path.append(torch.stack([x, x0], dim=1).flatten(0, 1).cpu())
+        x = x_next
+    path.append(torch.stack([x, x], dim=1).flatten(0, 1).cpu())
+    return [path[i] for i in sorted({round(i) for i in torch.linspace(0, len(path) - 1, frames).tolist()})]
+
+
+def figures(run, ddim, net, times, **way):
+    """Three more pictures: the same noise with more and more steps, slerp between noises, digits there and back."""
+    cfg, T = run.config.sample, ddim.timesteps
+    xT = torch.randn(12, 1, 28, 28, generator=run.generator(2)).to(run.device)
+    counts = [steps for steps in (5, 10, 20, 50, 100, 200) if steps <= T]
+    run.output(save_strip, [ddim.sample(net, xT, ddim.times(steps, cfg.spacing)) for steps in counts], "steps.png")
+    ways = [slerp(xT[:4], xT[4:8], w) for w in torch.linspace(0, 1, 11).tolist()]           # 11 of (4, 1, 28, 28)
+    x = ddim.sample(net, torch.stack(ways, dim=1).flatten(0, 1), times)
+    run.output(save_strip, x.split(len(ways)), "slerp.png")
+    x0 = digits("test").first(12)[0].to(run.device)
+    back = [ddim.sample(net, ddim.encode(net, x0, tau), tau) for tau in (ddim.times(s) for s in counts[1:5:2])]
+    run.output(save_strip, [x0, ddim.encode(net, x0, times), *back], "reconstruction.png")
+
+
+if __name__ == "__main__":
+    cli(main)
