@@ -1,0 +1,81 @@
+"""Draw digits from a network trained with dropout, which is off while it samples.
+
+    python sample.py                                     64 digits from your newest weights, else the published
+    python sample.py n=16 steps=1000 seed=3              fewer digits, all the paper's steps, other noise
+    python sample.py gif=denoising.gif npz=samples.npz   the way there as an animation; the images as an array
+    python sample.py n=2048 metrics=true                 FID and the other scores
+    python sample.py figures=true                        the error by time, the nearest training images
+"""
+
+import time
+
+import torch
+
+from model import DDPM, UNet, error_by_time
+from utils import Run, cli, digits, figure, report, save_figure, save_gif, save_grid, save_npz, save_strip, score
+
+
+# Copied from lesson_05/sample.py: main
+def main(argv=None):
+    run = Run(__file__, argv)
+    cfg = run.config.sample
+    weights = run.weights()                             # the file carries its network's configuration
+    ddpm = DDPM(**{**weights.config["ddpm"], **({"variance": cfg.variance} if cfg.variance else {})})
+    net = weights.load(UNet(**weights.config["unet"]))
+    ddpm, net = run.place(ddpm, net)
+    generator = run.generator()
+
+    start = time.perf_counter()
+    x = draw(ddpm, net, cfg.n, cfg.steps, generator, cfg.clip, cfg.batch)
+    seconds = time.perf_counter() - start
+    run.output(save_grid, x[:64], "samples.png")
+    print(f"{cfg.n} digits, {cfg.steps} network calls each, in {seconds:.1f} s")
+    if cfg.npz:
+        run.output(save_npz, x, cfg.npz)
+    if cfg.gif:
+        frames = denoising(ddpm, net, 12, cfg.steps, run.generator(1), cfg.clip)
+        run.output(save_gif, frames, cfg.gif, columns=6)
+    if cfg.figures:
+        figures(run, ddpm, net, x)
+    if cfg.metrics:
+        scores = score(x)
+        print(report(scores))
+        run.record(f"sample_{cfg.steps}", nfe=cfg.steps, seconds=round(seconds, 1), variance=ddpm.variance, **scores)
+    return x
+
+
+# Copied from lesson_05/sample.py: draw
+def draw(ddpm, net, n, steps, generator, clip=True, batch=128):
+    """n samples in batches, (n, 1, 28, 28)."""
+    sizes = [min(batch, n - i) for i in range(0, n, batch)]
+    return torch.cat([ddpm.sample(net, size, steps, clip=clip, generator=generator) for size in sizes])
+
+
+# Copied from lesson_05/sample.py: denoising
+def denoising(ddpm, net, n, steps, generator, clip=True, frames=30):
+    """Pictures of one batch on its way: x_t and beside it the x_0 estimated from it, n / 2 of each."""
+    x, path = torch.randn(n // 2, 1, 28, 28, generator=generator).to(ddpm.abar.device), []
+    for _, x_next, x0 in ddpm.reverse(net, x, steps, clip, generator):
+        path.append(torch.stack([x, x0], dim=1).flatten(0, 1).cpu())
+        x = x_next
+    path.append(torch.stack([x, x], dim=1).flatten(0, 1).cpu())
+    return [path[i] for i in sorted({round(i) for i in torch.linspace(0, len(path) - 1, frames).tolist()})]
+
+
+def figures(run, ddpm, net, x):
+    """Two pictures: samples above their nearest training images; the error by time on seen and unseen images."""
+    seen = digits("train", 1, limit=run.config.train.images).first(run.config.train.images)[0]
+    few = x[:12].cpu()
+    run.output(save_strip, [few, seen[torch.cdist(few.flatten(1), seen.flatten(1)).argmin(1)]], "neighbours.png")
+    times = torch.linspace(0, ddpm.timesteps - 1, 13).round().long().tolist()
+    fig, ax = figure()
+    for label, images in (("test images", digits("test").first(256)[0]), ("images trained on", seen[:256])):
+        error = error_by_time(ddpm, net, images.to(run.device), times, run.generator(2))
+        ax.semilogy(times, error, "o-", label=label)
+    ax.set(xlabel="t", ylabel="squared error of the predicted noise")
+    ax.legend()
+    run.output(save_figure, fig, "loss_by_t.png")
+
+
+if __name__ == "__main__":
+    cli(main)
