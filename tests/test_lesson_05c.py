@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import load
+from conftest import ROOT, load
+from utils import UserError, Weights
+from utils.config import parse
 
 LESSON = "lesson_05/sublesson_c"
 model, parent = load(LESSON, "model"), load("lesson_05", "model")
@@ -266,6 +268,20 @@ def test_network_is_lesson_05s_at_the_start():
     x, t = torch.randn(2, 1, 28, 28), times(3, 900)
     assert torch.equal(ours(x, t, times(3, 10)), theirs(x, t))
     assert torch.equal(ours(x, t, times(1, 2)), theirs(x, t))
+
+
+@pytest.mark.parametrize("condition", ["attention", "time"])
+def test_training_starts_as_lesson_05s_published_network(condition):
+    weights = Weights(ROOT / "lesson_05" / "results" / "weights.safetensors", "lesson_05")
+    theirs = weights.load(parent.UNet(**weights.config["unet"])).eval()
+    shape = parse((ROOT / LESSON / "config.yaml").read_text())["unet"] | {"condition": condition}
+    ours = UNet(**shape).eval()
+    load(LESSON, "train").begin_with(ours, weights.path)
+    x, t = torch.randn(2, 1, 28, 28), times(3, 900)
+    with torch.no_grad():
+        assert torch.equal(ours(x, t, times(3, 10)), theirs(x, t))
+    with pytest.raises(UserError, match="train.start="):
+        load(LESSON, "train").begin_with(UNet(**shape | {"channels": 24}), weights.path)
 
 
 def test_block_is_the_identity_at_the_start():

@@ -221,6 +221,8 @@ class UNet(nn.Module):
         width = 4 * channels
         self.time = nn.Sequential(linear(channels, width), nn.SiLU(), linear(width, width))
         self.classes = ClassTokens(classes, *((tokens, context) if condition == "attention" else (1, width)))
+        if condition == "time":
+            nn.init.zeros_(self.classes.table.weight)                       # as W_O in a CrossBlock: nothing changes
         size, c = image_size // patch, channels
         self.stem = conv(image_channels * patch ** 2, c)
 

@@ -2,21 +2,24 @@
 
     python train.py                          the values of config.yaml
     python train.py unet.tokens=1            the trap: one token a class; --help lists all keys
+    python train.py start= steps=5000        from random weights
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model
 """
 
 import torch
 
-from model import DDPM, UNet, drop, given
-from utils import EMA, Run, cli, digits, ramp, save_grid
+from model import DDPM, ClassTokens, CrossBlock, UNet, drop, given
+from utils import EMA, Run, UserError, Weights, cli, digits, ramp, save_grid
 
 
-# Adapted from lesson_05/train.py: main -- labels, some of them dropped, go into the network
+# Adapted from lesson_05/train.py: main -- labels, some of them dropped, go into a network that can start as lesson 05's
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
     ddpm, net = DDPM(**run.config.ddpm), UNet(**run.config.unet)
+    if cfg.start:
+        begin_with(net, run.lesson / cfg.start)
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     ddpm, net, optimizer = run.prepare(ddpm, net, optimizer)
     ema = EMA(net, cfg.ema_decay)
@@ -38,6 +41,21 @@ def main(argv=None):
                             generator=run.generator())
             save_grid(x, run.folder / f"preview_{step + 1:06d}.png", columns=10)
     return run.finish(ema, unet=run.config.unet, ddpm=run.config.ddpm)              # weights, loss curve, numbers
+
+
+def begin_with(net, path):
+    """Copy lesson 05's weights into the layers that it has, too; the new ones keep their start, which changes nothing.
+
+    Sorted by name, these layers stand in the same order in both networks.
+    """
+    new = {p for m in net.modules() if isinstance(m, (ClassTokens, CrossBlock)) for p in m.parameters()}
+    own = [p for _, p in sorted(net.named_parameters()) if p not in new]
+    theirs = [value for _, value in sorted(Weights(path, "lesson_05").state.items())]
+    if [p.shape for p in own] != [value.shape for value in theirs]:
+        raise UserError(f"start={path}: this network has other layers than that of lesson 05; train.start= trains anew")
+    with torch.no_grad():
+        for p, value in zip(own, theirs):
+            p.copy_(value)
 
 
 if __name__ == "__main__":
