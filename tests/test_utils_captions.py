@@ -213,7 +213,7 @@ def test_thresholds_are_the_terciles_of_the_training_set(training):
         value = (moved if name in ("size", "x", "y") else plain)[name].double()
         found = torch.quantile(value, thirds).tolist()
         assert all(abs(a - b) <= allowed[name] for a, b in zip(constants, found)), (name, found)
-        share = torch.bincount(rules.levels({name: value} | plain)[name], minlength=3) / len(value)
+        share = torch.bincount(rules.levels(plain | {name: value})[name], minlength=3) / len(value)
         assert (share - 1 / 3).abs().max() < (0.12 if name in ("width", "size") else 0.01), (name, share)
 
 

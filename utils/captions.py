@@ -48,7 +48,7 @@ WORDS = (PAD, START, *NAMES, *"0123456789", "a", "an", "the", "digit", "handwrit
 # What words mean that need no other word beside them.
 MEANING = {
     **{word: ("digit", i % 10) for i, word in enumerate((*NAMES, *"0123456789"))},
-    **{word: (name, level) for name, entry in ADJECTIVES.items() for level, words in enumerate(entry) for word in words},
+    **{word: (name, i) for name, entry in ADJECTIVES.items() for i, words in enumerate(entry) for word in words},
     **{word: ("slant", 1) for word in SLANT[1]},
 }
 
