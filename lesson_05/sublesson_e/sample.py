@@ -1,0 +1,85 @@
+"""Draw what a caption says.
+
+    python sample.py                                        every digit in every thickness and slant
+    python sample.py prompt="a thick seven leaning right"   what you like; ";" between several captions
+    python sample.py guidance=3                             closer to the words and more alike
+    python sample.py gif=denoising.gif npz=samples.npz      the way there as an animation; images and digits as arrays
+    python sample.py n=2000 metrics=true                    how the captions of test images are followed; FID
+"""
+
+import time
+
+import torch
+
+from model import DDPM, UNet, guided
+from utils import (
+    Run,
+    Tokenizer,
+    caption,
+    captioned,
+    cli,
+    follow,
+    read_caption,
+    report,
+    save_gif,
+    save_grid,
+    save_npz,
+    score,
+)
+
+GRID = [caption(digit, {"thickness": a, "slant": b}) for a in range(3) for b in range(3) for digit in range(10)]
+
+
+def main(argv=None):
+    run = Run(__file__, argv)
+    cfg = run.config.sample
+    ddpm, net, words = loaded(run, run.weights())       # the file carries its network's configuration and its words
+    texts = [text.strip() for text in cfg.prompt.split(";")] if cfg.prompt else GRID
+    if cfg.metrics and not cfg.prompt:
+        texts = [said[0] for said in captioned("test", limit=cfg.n, without_held_out=False).captions]
+    texts = (texts * -(-cfg.n // len(texts)))[:cfg.n]
+    digit = torch.tensor([read_caption(text)[0]["digit"] if text else -1 for text in texts])        # -1: none
+
+    start = time.perf_counter()
+    x = draw(ddpm, net, words, texts, cfg.steps, cfg.guidance, run.generator(), cfg.batch)
+    seconds, calls = time.perf_counter() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
+    run.output(save_grid, x[:90], "samples.png", columns=10)
+    print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s; the first: {texts[0]!r}")
+    if cfg.npz:
+        run.output(save_npz, x, cfg.npz, labels=digit)
+    if cfg.gif:
+        eps, c = conditioned(net, words, texts[:90:10] if len(texts) > 89 else texts[:9], cfg.guidance, run.device)
+        xT = torch.randn(len(c), 1, 28, 28, generator=run.generator(1)).to(run.device)
+        path = [torch.cat([x_s, x_0]).cpu() for _, x_s, x_0 in ddpm.reverse(eps, xT, cfg.steps, run.generator(2))]
+        shown = sorted({round(i) for i in torch.linspace(0, len(path) - 1, 30).tolist()})
+        run.output(save_gif, [path[i] for i in shown], cfg.gif, columns=len(c))
+    if cfg.metrics:
+        scores = score(x, digit) | {"followed": follow(x, texts)}
+        print(report(scores), *(f"{name:10} {share:.3f}" for name, share in scores["followed"].items()), sep="\n")
+        run.record(f"sample_{cfg.steps}_w{cfg.guidance:g}", nfe=calls, seconds=round(seconds, 1),
+                   guidance=cfg.guidance, **scores)
+    return x
+
+
+def loaded(run, weights):
+    """Process, network and tokenizer of a weights file."""
+    config = weights.config
+    ddpm, net = run.place(DDPM(**config["ddpm"]), weights.load(UNet(**config["unet"])))
+    return ddpm, net, Tokenizer(config["captions"].vocabulary.split(), config["unet"].length)
+
+
+def conditioned(net, words, texts, guidance, device):
+    """The noise predicted under these captions, as a function of x_t and t; and their word numbers."""
+    c = words(texts).to(device)
+    return guided(net, c, words([""]).to(device).expand_as(c), guidance), c
+
+
+def draw(ddpm, net, words, texts, steps, guidance, generator, batch=128):
+    """An image of every caption, in batches: (n, 1, 28, 28)."""
+    parts = [texts[i:i + batch] for i in range(0, len(texts), batch)]
+    return torch.cat([ddpm.sample(conditioned(net, words, part, guidance, ddpm.abar.device)[0], len(part), steps,
+                                  generator=generator) for part in parts])
+
+
+if __name__ == "__main__":
+    cli(main)
