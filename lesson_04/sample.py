@@ -1,0 +1,71 @@
+"""Draw digits: annealed Langevin dynamics with the step size of Technique 4, and the denoising step at the end.
+
+    python sample.py                                     64 digits from your newest weights, else the published
+    python sample.py n=16 steps=10 seed=3                fewer digits, more steps at each level, other noise
+    python sample.py gif=denoising.gif npz=samples.npz   the way there as an animation; the images as an array
+    python sample.py n=1024 metrics=true                 FID and the other scores
+    python sample.py figures=true                        the way through the levels, the nearest training images
+"""
+
+import time
+
+import torch
+
+from model import NCSNv2, ScoreNet, from_unit
+from utils import Run, cli, digits, report, save_gif, save_grid, save_npz, save_strip, score
+
+
+def main(argv=None):
+    run = Run(__file__, argv)
+    cfg = run.config.sample
+    weights = run.weights()                             # the file carries its network's configuration
+    ncsn, net = run.place(NCSNv2(**weights.config["ncsn"]), weights.load(ScoreNet(**weights.config["scorenet"])))
+
+    start = time.perf_counter()
+    x = draw(ncsn, net, cfg.n, cfg.steps, run.generator(), cfg.denoise, cfg.batch)
+    seconds = time.perf_counter() - start
+    run.output(save_grid, x[:64], "samples.png")
+    calls = ncsn.levels * cfg.steps + cfg.denoise
+    print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
+    if cfg.npz:
+        run.output(save_npz, x, cfg.npz)
+    if cfg.gif:
+        run.output(save_gif, path(ncsn, net, 6, cfg.steps, run.generator(1)), cfg.gif, columns=6)
+    if cfg.figures:
+        figures(run, ncsn, net, x)
+    if cfg.metrics:
+        scores = score(x)
+        print(report(scores))
+        run.record(f"sample_{calls}", nfe=calls, seconds=round(seconds, 1), **scores)
+    return x
+
+
+def draw(ncsn, net, n, steps, generator, denoise=True, batch=128):
+    """n samples in batches, (n, 1, 28, 28) in about [-1, 1]."""
+    sizes = [min(batch, n - i) for i in range(0, n, batch)]
+    return torch.cat([from_unit(ncsn.sample(net, size, steps, denoise=denoise, generator=generator))
+                      for size in sizes])
+
+
+def path(ncsn, net, n, steps, generator, frames=30):
+    """Pictures of n chains on their way: x after a level and beside it the x_0 estimated from it, n / 2 of each."""
+    ends = {}                                           # the last step of every level
+    for level, *images in ncsn.anneal(net, ncsn.start(n // 2, (1, 28, 28), generator), steps, generator):
+        ends[level] = images
+    x, _ = ends[ncsn.levels - 1]
+    shown = [ends[i] for i in sorted({round(i) for i in torch.linspace(0, ncsn.levels - 1, frames).tolist()})]
+    shown.append([ncsn.last_step(net, x)] * 2)
+    return [from_unit(torch.stack(pair, dim=1).flatten(0, 1)).cpu() for pair in shown]
+
+
+def figures(run, ncsn, net, x):
+    """Two more pictures: chains level by level, and samples above their nearest training images."""
+    steps = run.config.sample.steps
+    frames = torch.stack(path(ncsn, net, 8, steps, run.generator(2), 14))               # (frames, 8, 1, 28, 28)
+    run.output(save_strip, [frames[:, i] for i in range(8)], "levels.png")
+    few, (train, _) = x[:12].cpu(), digits("train").first(60_000)
+    run.output(save_strip, [few, train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]], "neighbours.png")
+
+
+if __name__ == "__main__":
+    cli(main)

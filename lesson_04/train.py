@@ -1,0 +1,58 @@
+"""Train NCSNv2 on MNIST: denoising score matching over noise levels that the data and formulas set.
+
+    python train.py                          the values of config.yaml
+    python train.py steps=500 lr=1e-3        other values; --help lists them
+    python train.py sigma_1=1                without Technique 1: the largest noise of lesson 03
+    python train.py --resume                 go on after Ctrl-C or a crash
+    torchrun --nproc_per_node 2 train.py     several processes, one model
+"""
+
+import torch
+
+from model import NCSNv2, ScoreNet, dequantise, from_unit, max_distance, to_unit
+from utils import EMA, Run, Section, Weights, cli, digits, ramp, save_grid, save_weights
+
+
+def main(argv=None):
+    run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
+    cfg = run.config.train
+    levels = settings(run.config.ncsn)
+    ncsn, net = NCSNv2(**levels), ScoreNet(**run.config.scorenet)
+    if cfg.start:
+        Weights(run.lesson / cfg.start, run.name).load(net)
+    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    ncsn, net, optimizer = run.prepare(ncsn, net, optimizer)
+    ema = EMA(net, cfg.ema_decay)                       # Technique 5
+    run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
+    run.say(f"sigma_1 = {levels.sigma_1:.2f}, {ncsn.levels} levels, {ncsn.gamma:.4f} between neighbours")
+
+    for step, (x0, _) in run.steps(digits("train", cfg.batch_size, cfg.seed)):      # (B, 1, 28, 28) in [-1, 1]
+        optimizer.param_groups[0]["lr"] = cfg.lr * (ramp(step, cfg.warmup, cfg.steps) if cfg.decay else
+                                                    min((step + 1) / max(cfg.warmup, 1), 1))
+        loss = ncsn.loss(net, dequantise(x0))           # 1 / 2 |sigma s + z|^2 at a random level for each image
+        optimizer.zero_grad()
+        run.backward(loss)
+        run.clip_grad_norm(net.parameters(), cfg.clip)
+        optimizer.step()
+        ema.update(net)                                 # samples come from the average of the weights
+        run.log(loss=loss)
+        if run.every(cfg.preview_every):
+            x = ncsn.sample(ema.module, 64, run.config.sample.steps, generator=run.generator())
+            save_grid(from_unit(x), run.folder / f"preview_{step + 1:06d}.png")
+        if run.every(cfg.snapshot_every):               # reproduce.py compares the two
+            for name, weights in (("raw", getattr(net, "module", net)), ("ema", ema.module)):
+                save_weights(weights, run.folder / f"{name}_{step + 1:06d}.safetensors", run.name,
+                             ncsn=vars(levels), scorenet=vars(run.config.scorenet))
+    return run.finish(ema, ncsn=levels, scorenet=run.config.scorenet)             # weights, loss curve, numbers
+
+
+def settings(ncsn):
+    """The section `ncsn` with a number for sigma_1: Technique 1 where config.yaml says auto."""
+    if ncsn.sigma_1 == "auto":
+        x0, _ = digits("train").first(60_000)
+        ncsn = Section(**{**ncsn, "sigma_1": max_distance(to_unit(x0))})
+    return ncsn
+
+
+if __name__ == "__main__":
+    cli(main)
