@@ -1,7 +1,7 @@
 """Draw digits: annealed Langevin dynamics, Algorithm 1.
 
     python sample.py                                     64 digits from your newest weights, else the published
-    python sample.py n=16 steps=100 epsilon=2e-5 seed=3  fewer digits, the paper's steps a level, other noise
+    python sample.py n=16 steps=100 epsilon=2e-5 seed=3  fewer digits, the paper's steps and their size, other noise
     python sample.py gif=denoising.gif npz=samples.npz   the way there as an animation; the images as an array
     python sample.py n=1024 metrics=true                 FID and the other scores
     python sample.py figures=true                        level by level, inpainting, the nearest training images
@@ -32,7 +32,7 @@ def main(argv=None):
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, denoising(ncsn, net, 9, cfg, run.generator(1)), cfg.gif, columns=6)
+        run.output(save_gif, denoising(ncsn, net, 6, cfg, run.generator(1)), cfg.gif, columns=6)
     if cfg.figures:
         figures(run, ncsn, net, x)
     if cfg.metrics:
