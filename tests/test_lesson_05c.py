@@ -325,6 +325,71 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(net.eval()(x, t, c), net(x, t, c))
 
 
+# ------------------------------------------------------------------ scripts
+def test_labels_are_read():
+    sample = load(LESSON, "sample")
+    assert sample.wanted("", 12, 10).tolist() == [*range(10), 0, 1]
+    assert sample.wanted("7", 3, 10).tolist() == [7, 7, 7] and sample.wanted("3,1", 3, 10).tolist() == [3, 1, 3]
+    assert sample.wanted("none", 2, 10).tolist() == [10, 10]
+    for wrong in ("10", "-1", "x", "3,", "3;1", "1.5"):
+        with pytest.raises(UserError, match="digits from 0 to 9"):
+            sample.wanted(wrong, 3, 10)
+
+
+def test_samples_follow_seed_and_class():
+    net = randomised(UNet(**SMALL)).eval()
+    draw = lambda seed, c, batch: load(LESSON, "sample").draw(
+        DDPM(20), net, times(*c), 10, 3, 1.0, torch.Generator().manual_seed(seed), batch)
+    x = draw(0, (3, 5), 2)
+    assert torch.equal(x, draw(0, (3, 5), 2))
+    assert not torch.equal(x, draw(1, (3, 5), 2)) and not torch.equal(x, draw(0, (4, 5), 2))
+    assert draw(0, (3, 5, 7), 2).shape == (3, 1, 28, 28)
+
+
+def rows(**changes):
+    """Rows of reproduce.py for three seeds, as good as can be; changes: {key: {arm: value}}."""
+    reproduce = load(LESSON, "reproduce")
+    found = []
+    for seed in range(3):
+        for arm in reproduce.ARMS:
+            q = 0.0 if arm == "one token" else 0.1
+            row = {"arm": arm, "seed": seed, "accuracy": 0.97 + 0.001 * seed, "error": 0.03, "parameters": 9,
+                   "error_without_class": 0.04, "gradients": [] if arm == "added to the time" else [[q, q, 0.2]] * 4,
+                   "entropy": [] if arm == "added to the time" else [0.5] * 4}
+            found.append(row | {key: value[arm] for key, value in changes.items() if arm in value})
+    return found
+
+
+@pytest.mark.parametrize("changes, holds", [
+    ({}, True),
+    ({"gradients": {"one token": [[1e-30, 0.0, 0.2]]}}, False),                 # exactly zero
+    ({"gradients": {"one token": [[0.0, 0.0, 0.0]]}}, False),                   # nothing learned at all
+    ({"gradients": {"four tokens": [[0.1, 0.0, 0.2]]}}, False),
+])
+def test_trap_is_judged_as_its_criterion_says(changes, holds):
+    assert load(LESSON, "reproduce").trap(rows(**changes))["holds"] == holds
+
+
+@pytest.mark.parametrize("changes, holds", [
+    ({}, True),
+    ({"accuracy": {"added to the time": 0.96}}, True),
+    ({"accuracy": {"added to the time": 0.94}}, False),
+    ({"accuracy": {"one token": 0.94}}, False),
+    ({"accuracy": {"four tokens": 0.5}}, True),                                 # the baseline may be better
+])
+def test_baseline_is_judged_as_its_criterion_says(changes, holds):
+    assert load(LESSON, "reproduce").baseline(rows(**changes))["holds"] == holds
+
+
+def test_held_out_measurement():
+    reproduce, net = load(LESSON, "reproduce"), randomised(UNet(**SMALL, tokens=1)).eval()
+    got = reproduce.heldout(DDPM(20), net, 10, 4, torch.device("cpu"))
+    assert got == reproduce.heldout(DDPM(20), net, 10, 4, torch.device("cpu"))  # the same times and noise
+    assert got["entropy"] == [0.0] * 4 and len(got["gradients"]) == 4
+    assert got["error"] != got["error_without_class"]
+    assert all(0 < e <= 1 for e in reproduce.heldout(DDPM(20), randomised(UNet(**SMALL)), 10, 4, "cpu")["entropy"])
+
+
 if __name__ == "__main__":
     import diffusers
 

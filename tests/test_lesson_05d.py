@@ -288,6 +288,37 @@ def test_arms_have_as_many_parameters():
     assert sizes[2] < sizes[1] < sizes[0] < 1.02 * sizes[1]
 
 
+# ------------------------------------------------------------------ the claim's arithmetic, on made-up rows
+GOOD = [0.0300, 0.0302, 0.0301], [0.0320, 0.0321, 0.0322]
+
+
+@pytest.mark.parametrize("errors, accuracies, holds", [
+    (GOOD, (0.97, 0.97), (True, True)),
+    (([0.0300, 0.0302, 0.0330], GOOD[1]), (0.97, 0.97), (False, True)),         # not in every seed
+    (([0.0300, 0.0302, 0.0304], [0.0303, 0.0305, 0.0307]), (0.97, 0.97), (False, True)),       # gap below 3 deviations
+    (GOOD[::-1], (0.97, 0.98), (False, True)),
+    (GOOD, (0.94, 0.97), (True, False)),
+])
+def test_criteria_are_judged_as_they_say(errors, accuracies, holds):
+    reproduce = load(LESSON, "reproduce")
+    rows = [{"arm": arm, "error": error, "accuracy": accuracy}
+            for arm, values, accuracy in zip((reproduce.BLOCK, reproduce.EQUAL), errors, accuracies)
+            for error in values]
+    got = reproduce.compare(rows)
+    assert (got["error"]["holds"], got["accuracy"]["holds"]) == holds
+
+
+def test_diagram_shows_the_layers_in_order():
+    block = SpatialTransformer(8, 6, heads=2, head_dim=5, groups=4)
+    seen = load(LESSON, "reproduce").steps_of(block, torch.randn(2, 8, 3, 5), torch.randn(2, 4, 6))
+    assert [what.split(",")[0] for what, _ in seen] == [
+        "x", "context", "GroupNorm", "1 x 1", "LayerNorm", "self-attention", "LayerNorm", "cross-attention",
+        "LayerNorm", "a and b of GEGLU", "a gelu(b)", "1 x 1 (starts at 0)"]
+    shapes = [shape for _, shape in seen]
+    assert shapes[3] == (2, 10, 3, 5) and shapes[5] == (2, 15, 10) and shapes[9] == (2, 15, 80)
+    assert shapes[0] == shapes[-1] == (2, 8, 3, 5) and len(seen) == 12
+
+
 if __name__ == "__main__":
     import diffusers
 
