@@ -108,8 +108,8 @@ class NCSN(nn.Module):
         """Where a chain begins, Alg. 1, line 1: noise of the largest level. (n, *shape).
 
         Differs from the paper, which starts from uniform noise in [0, 1]: its mean of 0.5 is far from that of digits,
-        0.13, noise of sigma_1 = 1 hides no such difference in the mean of 784 pixels, and a small network that has
-        not seen images so bright drives them to white.
+        0.13. In the mean of 784 pixels noise of sigma_1 = 1 is noise of 1 / 28 only and hides no such difference; a
+        small network has never seen images so bright, and drives them to white.
         """
         return self.sigmas[0].item() * torch.randn(n, *shape, generator=generator).to(self.sigmas.device)
 

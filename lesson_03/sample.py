@@ -15,6 +15,7 @@ from model import NCSN, ScoreNet, dequantise, from_unit
 from utils import Run, cli, digits, report, save_gif, save_grid, save_npz, save_strip, score
 
 
+# Adapted from lesson_01/sample.py: main -- Langevin steps at each level; pictures of levels and of inpainting
 def main(argv=None):
     run = Run(__file__, argv)
     cfg = run.config.sample

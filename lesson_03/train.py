@@ -12,6 +12,7 @@ from model import NCSN, ScoreNet, dequantise, from_unit
 from utils import EMA, Run, cli, digits, ramp, save_grid
 
 
+# Adapted from lesson_01/train.py: main -- scores at many noise levels, on images in [0, 1]; no points
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg, sample = run.config.train, run.config.sample
