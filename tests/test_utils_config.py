@@ -143,6 +143,7 @@ def test_an_unknown_key_names_the_nearest(path, argument, nearest):
     ("batch_size=0", "batch_size=0 must be above zero"),
     ("sample.n=0", "sample.n=0 must be above zero"),
     ("unet.channels=-4", "unet.channels=-4 must be above zero"),
+    ("unet.dropout=-0.1", "unet.dropout=-0.1 must not be below zero"),
     ("threads=-1", "threads=-1 must not be below zero"),
     ("seed=-1", "seed=-1 must not be below zero"),
     ("seed=99999999999999999999", "must be below 2**53"),

@@ -348,7 +348,7 @@ def execute(root: Path, lesson: str, smoke: bool = False) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         environment = {name: value for name, value in os.environ.items() if name not in ("SMOKE", "MPLBACKEND")}
         environment |= {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "IPYTHONDIR": f"{scratch}/ipython",
-                        "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+                        "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
         folder = root / lesson
         if smoke:
             mirror(root, lesson, Path(scratch, "copy"))

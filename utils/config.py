@@ -111,8 +111,9 @@ def load(path, section, argv=(), cuda=False, quiet=False):
 
 QUICK = {"quick": (False, "a quick look: lays the section `quick` over the others")}
 POSITIVE = ("n", "steps", "batch_size", "batch", "timesteps", "channels", "groups", "patch", "lr", "log_every",
-            "seeds", "sample_steps", "bound_images")
-NOT_NEGATIVE = ("seed", "threads", "warmup", "save_every", "preview_every", "clip", "dropout", "blocks")
+            "seeds", "sample_steps", "bound_images", "width", "depth", "heads", "head_dim", "layers", "tokens")
+NOT_NEGATIVE = ("seed", "threads", "warmup", "save_every", "preview_every", "clip", "dropout", "blocks", "limit",
+                "drop", "eta")
 
 
 def _value(text, old, where):
