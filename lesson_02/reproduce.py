@@ -16,7 +16,7 @@ The criteria were written down before the numbers were seen.
     images' mean and covariance, the best linear estimate. Both in every seed; every seed has other test images.
 
 Measured without a verdict: the bound of the published network and where it is paid, the exact reverse steps of the
-heartbeat chain, the PSNR of single posterior samples, and of inpainting that noises the known pixels to time t.
+heartbeat chain, and the PSNR of single posterior samples.
 """
 
 import json
@@ -213,7 +213,7 @@ def samples(run, dpm, net, x0, r, generator):
 
 
 def inpainting(run, dpm, net, x0, generator):
-    """The lower half from the upper one: clamped as in the paper, and with the known pixels noised to time t."""
+    """The lower half from the upper one."""
     k = run.config.reproduce.samples
     missing = torch.zeros_like(x0, dtype=torch.bool)
     missing[:, :, 14:] = True

@@ -15,6 +15,7 @@ from model import DPM, MLP, Binomial, DigitNet, PointNet
 from utils import Run, UserError, cli, report, save_gif, save_grid, save_npz, score
 
 
+# Adapted from lesson_01/sample.py: main -- digits, points or bits
 def main(argv=None):
     run = Run(__file__, argv)
     cfg = run.config.sample
@@ -23,10 +24,10 @@ def main(argv=None):
     if "digits" not in weights.config and (cfg.npz or cfg.metrics or cfg.gif):
         raise UserError("npz, metrics and gif are for digits, and these weights draw something else: leave them out")
     chain, net = run.place(chain, weights.load(net))
-    steps, generator, shape = min(cfg.steps, chain.timesteps - 1), run.generator(), shape_of(weights.config)
-    start = time.perf_counter()
+    steps = chain.timesteps - 1 if "bits" in weights.config else min(cfg.steps, chain.timesteps - 1)
+    generator, shape, start = run.generator(), shape_of(weights.config), time.perf_counter()
     sizes = [min(cfg.batch, cfg.n - i) for i in range(0, cfg.n, cfg.batch)]
-    x = torch.cat([draw(chain, net, size, cfg.steps, shape, generator) for size in sizes])
+    x = torch.cat([draw(chain, net, size, steps, shape, generator) for size in sizes])
     seconds = time.perf_counter() - start
     run.output(save_grid, picture(x), "samples.png")
     print(f"{cfg.n} samples, {steps} network calls each, in {seconds:.1f} s")
@@ -46,8 +47,8 @@ def build(config):
     if "bits" in config:
         return Binomial(**config["binomial"]), MLP(**config["bits"])
     bumps = config["dpm"]["bumps"]
-    net = DigitNet(**config["digits"], bumps=bumps) if "digits" in config else PointNet(**config["points"], bumps=bumps)
-    return DPM(**config["dpm"]), net
+    kind, network = ("digits", DigitNet) if "digits" in config else ("points", PointNet)
+    return DPM(**config["dpm"]), network(**config[kind], bumps=bumps)
 
 
 def shape_of(config):
@@ -70,12 +71,11 @@ def denoising(chain, net, n, steps, generator, frames=30):
 # Adapted from lesson_01/sample.py: picture -- and bits
 def picture(x, size=140, reach=2.6):
     """Images as they are, the first 64; bits (N, D) as rows of one image; points (N, 2) as pixels of one image."""
-    x = x.cpu()
     if x.ndim == 4:
-        return x[:64]
+        return x[:64].cpu()
     if x.shape[1] > 2:
-        return 2 * x[None, None, :64] - 1
-    column, row = ((x / reach + 1) * size / 2).long().clamp(0, size - 1).T
+        return 2 * x[None, None, :64].cpu() - 1
+    column, row = ((x.cpu() / reach + 1) * size / 2).long().clamp(0, size - 1).T
     canvas = -torch.ones(1, 1, size, size)
     canvas[0, 0, size - 1 - row, column] = 1.0
     return canvas

@@ -11,10 +11,12 @@ import math
 
 import torch
 
+from model import noise_like
 from sample import build, draw, picture
 from utils import EMA, Run, UserError, cli, digits, ramp, save_grid, to_float
 
 
+# Adapted from lesson_01/train.py: main -- minus the bound is the loss, and the whole bound of test data is logged
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
@@ -61,7 +63,7 @@ class Drawn:
     """Points in the plane or sequences of bits, never the same twice; the step number decides which."""
 
     def __init__(self, cfg):
-        self.draw = {"swiss_roll": swiss_roll, "heartbeat": heartbeat}[cfg.data]
+        self.draw = swiss_roll if cfg.data == "swiss_roll" else heartbeat
         self.batch_size, self.seed = cfg.batch_size, cfg.seed
 
     def batch(self, step, rank=0, world=1):
@@ -71,18 +73,17 @@ class Drawn:
         return x0, torch.zeros(len(x0))
 
 
-# Adapted from lesson_01/model.py: swiss_roll -- the noise is drawn here
+# Copied from lesson_01/model.py: swiss_roll
 def swiss_roll(n, generator=None, width=0.04):
     """Points on a spiral of one and a half turns, with a little noise across it. (n, 2) within [-2, 2]."""
     angle = math.pi * (1.5 + 3 * torch.rand(n, generator=generator))
     spiral = torch.stack([angle.cos(), angle.sin()], dim=1) * angle[:, None] / (4.5 * math.pi)
-    return 1.8 * spiral + width * torch.randn(n, 2, generator=generator)
+    return 1.8 * spiral + width * noise_like(spiral, generator)
 
 
 def heartbeat(n, generator=None, size=20, period=5):
     """Bits that are 1 at every `period`-th place from a random start on: log2 p = -log2(period). (n, size)."""
-    start = torch.randint(period, (n, 1), generator=generator)
-    return (torch.arange(size) % period == start).float()
+    return (torch.arange(size) % period == torch.randint(period, (n, 1), generator=generator)).float()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from torch import nn
 
 
 # ------------------------------------------------------------------ the process: Sections 2 and 3 of the paper
+# Adapted from lesson_02/model.py: DPM -- the network predicts the noise and is trained with a plain squared error, the
+#   covariance is fixed, and the last step decodes grey levels
 class DDPM(nn.Module):
     """The forward process, its reversal, the losses, Algorithms 1 and 2. Holds the schedule and no weights.
 
