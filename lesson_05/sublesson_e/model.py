@@ -167,8 +167,6 @@ class TextEncoder(nn.Module):
         if dim % heads:
             raise ValueError(f"context={dim} numbers a token cannot be split into heads={heads}")
         self.words, self.places = nn.Embedding(vocabulary, dim), nn.Embedding(length, dim)
-        for table in (self.words, self.places):
-            nn.init.normal_(table.weight, std=0.02)
         self.blocks = nn.ModuleList(TextBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 

@@ -48,7 +48,7 @@ def main(argv=None):
     if cfg.npz:
         run.output(save_npz, x, cfg.npz, labels=digit)
     if cfg.gif:
-        eps, c = conditioned(net, words, texts[:90:10] if len(texts) > 89 else texts[:9], cfg.guidance, run.device)
+        eps, c = conditioned(net, words, texts[:90:11], cfg.guidance, run.device)
         xT = torch.randn(len(c), 1, 28, 28, generator=run.generator(1)).to(run.device)
         path = [torch.cat([x_s, x_0]).cpu() for _, x_s, x_0 in ddpm.reverse(eps, xT, cfg.steps, run.generator(2))]
         shown = sorted({round(i) for i in torch.linspace(0, len(path) - 1, 30).tolist()})

@@ -1,15 +1,15 @@
 """Train text-to-image on MNIST with captions.
 
     python train.py                          the values of config.yaml
-    python train.py unet.layers=0            words only, no transformer over them; --help lists all keys
+    python train.py unet.layers=0            words that know nothing of each other; --help lists all keys
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model
 """
 
 import torch
 
-from model import DDPM, UNet, drop, given
-from utils import EMA, Run, Section, captioned, cli, ramp, save_grid
+from model import DDPM, SpatialTransformer, TextEncoder, UNet, drop, given
+from utils import EMA, Run, Section, Weights, captioned, cli, ramp, save_grid
 
 
 # Adapted from lesson_05/sublesson_c/train.py: main -- captions, tokenised once, in the place of labels
@@ -20,6 +20,8 @@ def main(argv=None):
     words = data.tokenizer
     sizes = Section(vocabulary=len(words), length=words.length, **run.config.unet)
     ddpm, net = DDPM(**run.config.ddpm), UNet(**sizes)
+    if cfg.start:
+        begin_with(net, Weights(run.lesson / cfg.start, run.name))
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     ddpm, net, optimizer = run.prepare(ddpm, net, optimizer)
     ema = EMA(net, cfg.ema_decay)
@@ -46,6 +48,14 @@ def main(argv=None):
             save_grid(x, run.folder / f"preview_{step + 1:06d}.png", columns=10)
     said = Section(vocabulary=" ".join(words.words), **said)                       # the file carries its words
     return run.finish(ema, unet=sizes, ddpm=run.config.ddpm, captions=said)         # weights, loss curve, numbers
+
+
+def begin_with(net, weights):
+    """Take over a trained network of this lesson, but for its text encoder and transformers: they learn anew."""
+    new = TextEncoder, SpatialTransformer
+    fresh = tuple(f"{name}." for name, part in net.named_modules() if isinstance(part, new))
+    weights.state |= {key: value for key, value in net.state_dict().items() if key.startswith(fresh)}
+    weights.load(net)
 
 
 def shuffled(c):
