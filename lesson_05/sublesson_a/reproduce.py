@@ -14,7 +14,7 @@ seeds allow: before the criteria were written, 150 steps on them and 100 on 500 
 (b) The same arms: copies are rarer with the largest p than with p = 0, in the mean over the seeds. A sample is called a
     copy if its distance to the nearest training image, over that to the second nearest, is below that of 99 % of the
     test digits.
-"all" 60,000 images, from nothing, 60 steps:
+"all" 60,000 images, from nothing, 120 steps:
 (c) In every seed p = 0 has the lowest error on test images, and the largest p the highest.
 "forgotten": the largest p on few images, with a preview that calls eval() and never train():
 (d) In every seed its gap is nearer to that of p = 0 than to that of its own p.
