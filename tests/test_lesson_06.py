@@ -147,7 +147,7 @@ def test_what_the_clipping_choices_keep():
 
 # ------------------------------------------------------------------ trajectories
 @pytest.mark.parametrize("eta, hat", [(0.0, False), (0.5, False), (1.0, False), (0.0, True)])
-@pytest.mark.parametrize("steps", [10, 200])
+@pytest.mark.parametrize("steps", [10, 100])
 def test_sampler_on_gaussian_data(steps, eta, hat):
     # With the exact network every step is linear: follow the variance, then sample.
     torch.manual_seed(0)
@@ -160,10 +160,10 @@ def test_sampler_on_gaussian_data(steps, eta, hat):
         k = math.sqrt(b) * (1 - math.sqrt(1 - a) * slope) / math.sqrt(a) + math.sqrt(1 - b - sigma ** 2) * slope
         noise = (1 - a / b if hat else sigma ** 2) if s >= 0 else 0
         variance = k ** 2 * variance + noise
-    x = ddim.sample(Gaussian(ddim, 0.0, std), torch.randn(20_000, 1, 2, 2), tau, eta, hat)
-    assert x.std().item() == pytest.approx(math.sqrt(variance), rel=0.01)
-    if steps == 200:
-        assert math.sqrt(variance) == pytest.approx(std, rel=0.06)
+    x = ddim.sample(Gaussian(ddim, 0.0, std), torch.randn(8000, 1, 2, 2), tau, eta, hat)
+    assert x.std().item() == pytest.approx(math.sqrt(variance), rel=0.02)
+    if steps == 100:
+        assert math.sqrt(variance) == pytest.approx(std, rel=0.1)
     elif hat:
         assert math.sqrt(variance) > 1.15 * std                                  # too much noise on the last jumps
 
