@@ -128,8 +128,8 @@ def train_arm(argv, sigma_1, seed):
     cfg, folder = run.config.reproduce, run.open_folder("claim")
     own = [a for a in argv if a.split("=")[0].split(".")[0] in ("train", "device", "smoke")]
     return trained(train.main, folder / f"sigma_{sigma_1}_{seed}", [
-        *own, "gpu=false", f"start={cfg.start}", f"sigma_1={sigma_1}", f"seed={seed}", f"steps={cfg.steps}", "decay=false", "preview_every=0",
-        f"snapshot_every={cfg.every}"], run.lesson).parent
+        *own, "gpu=false", f"start={cfg.start}", f"sigma_1={sigma_1}", f"seed={seed}", f"steps={cfg.steps}",
+        "decay=false", "preview_every=0", f"snapshot_every={cfg.every}"], run.lesson).parent
 
 
 def published(run, folders):

@@ -30,7 +30,7 @@ def main(argv=None):
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, path(ncsn, net, 6, cfg.steps, run.generator(1)), cfg.gif, columns=6)
+        run.output(save_gif, path(ncsn, net, 12, cfg.steps, run.generator(1)), cfg.gif, columns=6)
     if cfg.figures:
         figures(run, ncsn, net, x)
     if cfg.metrics:

@@ -1,4 +1,4 @@
-"""Lesson 04: the techniques of NCSNv2 against closed forms, brute force, and constants reported for the paper's models."""
+"""Lesson 04: the techniques of NCSNv2 against closed forms, brute force, and the constants of the paper's models."""
 
 import math
 
@@ -64,6 +64,16 @@ def test_settings_compute_sigma_1_from_the_data():
     x = model.to_unit(train.digits("train").first(1000, shuffle_seed=0)[0]).flatten(1)
     assert torch.cdist(x, x).max().item() < found.sigma_1
     assert train.settings(Section(sigma_1=2.0, sigma_L=0.5)).sigma_1 == 2.0
+
+
+def test_why_the_largest_distance_counts():
+    # Two Gaussians at distance r: a point of one is taken for the other's with a mean probability of at most
+    # 1/2 exp(-r^2 / 8 sigma^2), by quadrature over the line through both. At r = sigma it is not small, at 17 it is.
+    grid = torch.linspace(-60, 60, 200_001, dtype=torch.float64)
+    for r in (1.0, 4.0, 17.0):
+        a, b = (-(grid - m) ** 2 / 2 for m in (0, r))
+        taken = ((a.exp() / math.sqrt(2 * math.pi)) * torch.sigmoid(b - a)).sum().item() * (120 / 200_000)
+        assert taken <= 0.5 * math.exp(-r ** 2 / 8) and taken > 0.02 * math.exp(-r ** 2 / 8)
 
 
 # ------------------------------------------------------------------ Technique 2
