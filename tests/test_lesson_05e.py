@@ -216,7 +216,7 @@ def test_weights_carry_their_words(trained):
     runs, result = trained
     weights = Weights(result.weights, "lesson_05/sublesson_e")
     words = weights.config["captions"].vocabulary.split()
-    assert words == list(Tokenizer().words) and weights.config["unet"].vocabulary == len(words)
+    assert set(words) < set(Tokenizer().words) and weights.config["unet"].vocabulary == len(words) == 41
     assert weights.state["text.words.weight"].shape == (len(words), 8)
 
 
@@ -230,6 +230,7 @@ def test_prompts(trained):
 
 
 @pytest.mark.parametrize("prompt, message", [("a purple seven", "'purple'.*thin fine regular"), ("thick", "no digit"),
+                                             ("a small seven", "'small'.*narrow normal wide leaning"),
                                              ("a thick thin 7", "two different"), ("a " * 20 + "7", "21 words")])
 def test_prompts_that_cannot_be_drawn(trained, prompt, message):
     runs, _ = trained

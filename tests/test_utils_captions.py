@@ -351,6 +351,17 @@ def test_batches_depend_on_the_step_alone():
     assert torch.equal(torch.stack([left, right], 1).flatten(0, 1), data.batch(5)[0])
 
 
+@pytest.mark.parametrize("kind", ["single", "placed", "scene"])
+@pytest.mark.parametrize("words", [(), ("thickness",), ("slant", "width"), ("size", "x", "y"), tuple(rules.THRESHOLDS)])
+def test_words_that_never_occur_are_not_known(kind, words):
+    data = captioned("test", 1, limit=200, kind=kind, words=words, variants=8, tokenizer=Tokenizer(length=40))
+    said = {word for texts in data.captions for text in texts for word in rules.words_of(text)}
+    known = set(rules.vocabulary(words, kind)[2:])
+    assert said == known if kind == "placed" or "x" not in words else said < known     # MNIST's own are in the middle
+    own = captioned("test", 1, limit=10, kind=kind, words=words).tokenizer
+    assert own.words == rules.vocabulary(words, kind) and own.words[:2] == ("<pad>", "<start>")
+
+
 def test_bad_requests():
     with pytest.raises(UserError, match="kind=mosaic must be one of single, placed, scene"):
         captioned("test", limit=10, kind="mosaic")

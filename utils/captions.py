@@ -243,6 +243,16 @@ def scene_caption(left, right, rng=None):
     return f"{caption(*left, rng)} left of {caption(*right, rng)}"
 
 
+def vocabulary(attributes=tuple(THRESHOLDS), kind="single"):
+    """Those of WORDS that captions of this kind use when they name these attributes, padding and start included."""
+    known = {PAD, START, *NAMES, *"0123456789", "a", "an", "the", "digit", "handwritten"}
+    known |= {word for name in attributes for words in ADJECTIVES.get(name, ()) for word in words}
+    known |= {word for text in sum(SLANT, ()) for word in text.split() if "slant" in attributes}
+    known |= {"in", *ROWS, *COLUMNS} if "x" in attributes else set()
+    known |= {"left", "right", "of"} if kind == "scene" else set()
+    return tuple(word for word in WORDS if word in known)
+
+
 def words_of(text):
     """The words of a text: lower case, without commas and full stops."""
     return text.lower().replace(",", " ").replace(".", " ").split()
@@ -342,6 +352,7 @@ def captioned(split="train", batch_size=64, seed=0, limit=None, kind="single", w
 
     kind              single: 28 x 28 as it is; placed: shrunk and moved on its canvas; scene: two digits, 28 x 56
     words             the attributes that captions may name, of THRESHOLDS; x and y only together
+    tokenizer         default: one that knows the words of these captions and no others
     without_held_out  leave out the images of held-out triples (a scene: if one of its digits has one)
     """
     if kind not in KINDS:
@@ -359,7 +370,7 @@ def captioned(split="train", batch_size=64, seed=0, limit=None, kind="single", w
         ones = [(number, dict(zip(words, level))) for number, *level in zip(numbers, *each)]
         write = scene_caption if len(ones) == 2 else lambda one, rng: caption(*one, rng)
         captions.append([write(*ones, rng) for _ in range(variants)])
-    tokenizer = tokenizer or Tokenizer(length=24 if kind == "scene" else 16)
+    tokenizer = tokenizer or Tokenizer(vocabulary(words, kind), 24 if kind == "scene" else 16)
     return Captioned(images, digit, found, captions, tokenizer, batch_size, seed)
 
 

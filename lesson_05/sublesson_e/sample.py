@@ -2,7 +2,6 @@
 
     python sample.py                                        every digit in every thickness and slant
     python sample.py prompt="a thick seven leaning right"   what you like; ";" between several captions
-    python sample.py guidance=3                             closer to the words and more alike
     python sample.py gif=denoising.gif npz=samples.npz      the way there as an animation; images and digits as arrays
     python sample.py n=2000 metrics=true                    how the captions of test images are followed; FID
 """
@@ -38,6 +37,7 @@ def main(argv=None):
     if cfg.metrics and not cfg.prompt:
         texts = [said[0] for said in captioned("test", limit=cfg.n, without_held_out=False).captions]
     texts = (texts * -(-cfg.n // len(texts)))[:cfg.n]
+    words(texts)                                        # an error if there is one that the network has not learned
     digit = torch.tensor([read_caption(text)[0]["digit"] if text else -1 for text in texts])        # -1: none
 
     start = time.perf_counter()
@@ -56,8 +56,8 @@ def main(argv=None):
     if cfg.metrics:
         scores = score(x, digit) | {"followed": follow(x, texts)}
         print(report(scores), *(f"{name:10} {share:.3f}" for name, share in scores["followed"].items()), sep="\n")
-        run.record(f"sample_{cfg.steps}_w{cfg.guidance:g}", nfe=calls, seconds=round(seconds, 1),
-                   guidance=cfg.guidance, **scores)
+        name = f"sample_{cfg.steps}_w{cfg.guidance:g}"
+        run.record(name, nfe=calls, seconds=round(seconds, 1), guidance=cfg.guidance, **scores)
     return x
 
 
