@@ -288,6 +288,14 @@ def test_arms_have_as_many_parameters():
     assert sizes[2] < sizes[1] < sizes[0] < 1.02 * sizes[1]
 
 
+def test_shape_of_the_gpus_overlay_works():
+    config = parse((ROOT / LESSON / "config.yaml").read_text())
+    with torch.device("meta"):
+        net = UNet(**config["unet"] | config["gpu"]["unet"])
+        y = net(torch.empty(2, 1, 28, 28), torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long))
+    assert y.shape == (2, 1, 28, 28) and config["gpu"]["train"]["start"] == ""
+
+
 # ------------------------------------------------------------------ the claim's arithmetic, on made-up rows
 GOOD = [0.0300, 0.0302, 0.0301], [0.0320, 0.0321, 0.0322]
 
