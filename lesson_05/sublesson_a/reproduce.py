@@ -41,7 +41,7 @@ def main(argv=None):
     start = time.perf_counter()
     run.open_folder("claim")
     arms = [("few", p) for p in cfg.dropouts] + [("forgotten", cfg.dropouts[-1])] + [("all", p) for p in cfg.dropouts]
-    jobs = [(run.argv, "long", p, 0) for p in cfg.dropouts]
+    jobs = [(run.argv, "long", p, 0) for p in cfg.long_dropouts]
     jobs += [(run.argv, *arm, seed) for seed in range(cfg.seeds) for arm in arms]
     rows = []
     for row in parallel(measure, jobs, cfg.workers):
