@@ -150,7 +150,8 @@ def test_the_mistake_is_dropout_0_from_the_first_preview_on(tmp_path):
 
 def test_looks_at_the_error_do_not_change_the_training(tmp_path):
     a, b = (train.main([*TINY, f"runs={tmp_path}/{i}", f"eval_every={i}"]) for i in (0, 2))
-    assert a.weights.read_bytes() == b.weights.read_bytes()
+    ours, theirs = load_file(a.weights), load_file(b.weights)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     looks = [row for row in b.records if "test_error" in row]
     assert [row["step"] for row in looks] == [2, 4, 6] and all(0 < row["train_error"] < 5 for row in looks)
 
