@@ -168,6 +168,15 @@ def test_sampler_on_gaussian_data(steps, eta, hat):
         assert math.sqrt(variance) > 1.15 * std                                  # too much noise on the last jumps
 
 
+def test_exact_network_favours_eta_0():
+    # The sanity arm of Table 1: with no error of the network, less noise ends nearer to the data at few steps.
+    torch.manual_seed(0)
+    ddim, std = DDIM(200, beta_1=5e-4, beta_T=0.1), 0.3
+    xT = torch.randn(8000, 1, 2, 2)
+    share = [ddim.sample(Gaussian(ddim, 0.0, std), xT, ddim.times(10), eta).std().item() / std for eta in (0, 0.5, 1)]
+    assert share == pytest.approx([0.655, 0.642, 0.572], rel=0.02) and share == sorted(share, reverse=True)
+
+
 def test_error_falls_with_the_order_of_euler():
     # The exact flow of Gaussian data scales x_t like the deviation of x_t: half the step, half the error.
     ddim, std, xT = DDIM(1000), 0.5, torch.ones(1, 1, 1, 1)
