@@ -145,6 +145,7 @@ class NCSNv2(nn.Module):
         return 0.5 * (wide(self.sigmas[i], x0) * score + z).square().flatten(1).mean(1)
 
     # ------------------------------------------------------------------ sampling
+    # Adapted from lesson_03/model.py: NCSN.anneal -- the step size is solved for; no inpainting
     @torch.no_grad()
     def anneal(self, net, x, steps=3, generator=None):
         """Annealed Langevin dynamics from the start x. Yields (i, x, estimate of x_0) after every step.
@@ -164,9 +165,10 @@ class NCSNv2(nn.Module):
                 x = langevin_step(x, score, alpha, noise_like(x, generator))
                 yield level, x, x0
 
+    # Adapted from lesson_03/model.py: NCSN.sample -- a last denoising step
     @torch.no_grad()
     def sample(self, net, n, steps=3, shape=(1, 28, 28), denoise=True, generator=None):
-        """n images from uniform noise, (n, C, H, W) in about [0, 1]: L T network calls, and one to denoise."""
+        """n images from noise of the largest level, (n, C, H, W) in about [0, 1]: L T network calls, one to denoise."""
         for _, x, _ in self.anneal(net, self.start(n, shape, generator), steps, generator):
             pass
         return self.last_step(net, x) if denoise else x
@@ -268,12 +270,14 @@ class ScoreNet(nn.Module):
         return rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
 
 
-# Adapted from lesson_03/model.py: InstanceNormPlus -- unconditional: one gamma, alpha, beta for all levels
+# Adapted from lesson_03/model.py: InstanceNormPlus -- unconditional, and m is measured by the deviation of the maps
 class InstanceNormPlus(nn.Module):
     """Instance normalisation++: gamma (h + alpha m) + beta, with gamma, alpha, beta of its own for each channel.
 
-    h is the map less its mean, over its deviation; m is that mean, less the mean of all channels' means and over
-    their deviation. Without m, normalising would lose how bright a map was.
+    h is the map less its mean, over its deviation; m is that mean, less the mean of all channels' means. Without m,
+    normalising would lose how bright a map was.
+    Differs from the paper: m is divided by the deviation of the maps, not by that of the means. A network that is not
+    told sigma has to see how large a mean is beside the noise, or the brightness of the samples drifts.
     """
 
     def __init__(self, channels):
@@ -286,7 +290,8 @@ class InstanceNormPlus(nn.Module):
         """(B, C, H, W) -> (B, C, H, W). Statistics of each image alone, in training as in sampling."""
         gamma, alpha, beta = self.embed                                                            # (C, 1, 1) each
         mean = x.mean(dim=(2, 3), keepdim=True)                                                    # (B, C, 1, 1)
-        m = (mean - mean.mean(1, keepdim=True)) / (mean.var(1, keepdim=True) + 1e-5).sqrt()
+        variance = x.square().mean(dim=(1, 2, 3), keepdim=True) - mean.square().mean(1, keepdim=True)
+        m = (mean - mean.mean(1, keepdim=True)) / (variance + 1e-5).sqrt()                         # (B, C, 1, 1)
         return torch.addcmul(gamma * alpha * m + beta, gamma, F.instance_norm(x))
 
 

@@ -15,6 +15,7 @@ from model import NCSNv2, ScoreNet, from_unit
 from utils import Run, cli, digits, report, save_gif, save_grid, save_npz, save_strip, score
 
 
+# Adapted from lesson_03/sample.py: main -- the step size follows from T; a last denoising step
 def main(argv=None):
     run = Run(__file__, argv)
     cfg = run.config.sample
@@ -40,6 +41,7 @@ def main(argv=None):
     return x
 
 
+# Adapted from lesson_03/sample.py: draw -- the last step in the place of a step size
 def draw(ncsn, net, n, steps, generator, denoise=True, batch=128):
     """n samples in batches, (n, 1, 28, 28) in about [-1, 1]."""
     sizes = [min(batch, n - i) for i in range(0, n, batch)]

@@ -13,6 +13,7 @@ from model import NCSNv2, ScoreNet, dequantise, from_unit, max_distance, to_unit
 from utils import EMA, Run, Section, Weights, cli, digits, ramp, save_grid, save_weights
 
 
+# Adapted from lesson_03/train.py: main -- sigma_1 from the data; an average of the weights; snapshots for the claim
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train

@@ -311,6 +311,28 @@ def test_network_shapes_and_parameters():
     assert torch.equal(net.eval()(torch.ones(2, 1, 28, 28)), net.train()(torch.ones(2, 1, 28, 28)))
 
 
+def test_instance_norm_plus_equals_the_formula():
+    torch.manual_seed(0)
+    layer, x = model.InstanceNormPlus(5), 3 * torch.randn(2, 5, 4, 6) + torch.randn(2, 5, 1, 1)
+    torch.nn.init.normal_(layer.embed)
+    gamma, alpha, beta = layer.embed.detach()[:, None]                                             # (1, 5, 1, 1) each
+    mean, variance = x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True, unbiased=False)
+    m = (mean - mean.mean(1, keepdim=True)) / variance.mean(1, keepdim=True).sqrt()
+    expected = gamma * ((x - mean) / (variance + 1e-5).sqrt() + alpha * m) + beta
+    assert torch.allclose(layer(x), expected, atol=1e-4)
+
+
+def test_normalisation_keeps_brightness_beside_the_noise():
+    # Twice the brightness at the same noise must show: with the deviation of the means in its place it would not.
+    layer = model.InstanceNormPlus(2)
+    torch.nn.init.ones_(layer.embed)
+    noise = torch.randn(1, 2, 8, 8)
+    noise = (noise - noise.mean((2, 3), keepdim=True)) / noise.std((2, 3), keepdim=True, unbiased=False)
+    offset = torch.tensor([1.0, -1.0])[None, :, None, None]
+    means = [(layer(noise + size * offset) - 1)[0, 0].mean().item() for size in (0.1, 0.2)]
+    assert means == pytest.approx([0.1, 0.2], rel=1e-3)
+
+
 def test_each_image_is_normalised_alone():
     net, x = ScoreNet(**SMALL), torch.randn(4, 1, 28, 28)
     assert torch.allclose(net(x)[:1], net(x[:1]), atol=1e-5)
