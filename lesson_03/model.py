@@ -109,7 +109,7 @@ class NCSN(nn.Module):
 
         Differs from the paper, which starts from uniform noise in [0, 1]: its mean of 0.5 is far from that of digits,
         0.13. In the mean of 784 pixels noise of sigma_1 = 1 is noise of 1 / 28 only and hides no such difference; a
-        small network has never seen images so bright, and drives them to white.
+        network of a few hundred steps drives such starts to white. (The published one does not: see README.)
         """
         return self.sigmas[0].item() * torch.randn(n, *shape, generator=generator).to(self.sigmas.device)
 
