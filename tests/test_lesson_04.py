@@ -352,6 +352,25 @@ def test_averaging_needs_mean_and_deviation_in_every_seed():
     assert not reproduce.averaging(rows([[20, 30], [90, 30], [20, 31]], ema), [10, 20], 3)["holds"]    # seeds apart
 
 
+def test_exact_score_of_a_few_images():
+    # The gradient of the log of the density by automatic differentiation, at a large and at a small noise.
+    torch.manual_seed(0)
+    process, images = reproduce.Exact(2.0, 0.1, dim=100), torch.rand(7, 16, dtype=torch.float64)
+    for i in (0, process.levels - 1):
+        x = torch.rand(3, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+        distance2 = (x.flatten(1)[:, None] - images).square().sum(2)
+        (-distance2 / (2 * process.sigmas[i] ** 2)).logsumexp(1).sum().backward()
+        score = process.score(images, x.detach(), torch.full((3,), i))
+        assert torch.allclose(score, x.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_chains_with_the_exact_score_end_at_images():
+    torch.manual_seed(0)
+    images = (torch.rand(5, 784) > 0.8).float()
+    x = reproduce.Exact(17.0).sample(images, 40, 2, generator=torch.Generator().manual_seed(0)).flatten(1)
+    assert torch.cdist(x, images).min(1).values.max() < 1e-3 and len(torch.cdist(x, images).argmin(1).unique()) == 5
+
+
 def test_verdict_needs_three_seeds():
     full = Section(quick=False, smoke=False, seeds=3)
     assert reproduce.verdict(True, full) == "reproduced"
