@@ -62,7 +62,8 @@ class DDIM(nn.Module):
     def times(self, steps, spacing="uniform"):
         """The sub-sequence tau of Sec. 4.2: up to `steps` increasing times; the image is step -1 below the first.
 
-        uniform    0, T/S, 2 T/S, ...: the official code's; the last is T - T/S, not T - 1
+        uniform    0, T/S, 2 T/S, ...: the official code's; the last is T - T/S, not T - 1. T/S is rounded down: where
+                   S does not divide T they end lower, at 599 for S = 600, and x_T does not belong there
         quadratic  i^2, up to 0.8 T: the official code's for CIFAR-10; small times, where they coincide, once
         ends       evenly spaced from 0 to T - 1, both included (lesson 05's)
         trailing   T/S - 1, 2 T/S - 1, ..., T - 1
@@ -167,6 +168,7 @@ def slerp(a, b, w):
 def image(values):
     """(B,) -> (B, 1, 1, 1) float32, to multiply images with."""
     return values.float()[:, None, None, None]
+
 
 # Copied from lesson_05/model.py: noise_like
 def noise_like(x, generator=None):

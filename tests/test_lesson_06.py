@@ -64,6 +64,7 @@ def test_sub_sequences():
     ddim = DDIM()
     assert ddim.times(20) == list(range(0, 1000, 50))
     assert ddim.times(30)[-1] == 29 * 33 and len(ddim.times(30)) == 30           # 1000 is not a multiple of 30
+    assert ddim.times(600)[-1] == 599                                            # as the docstring warns
     assert ddim.times(1000) == list(range(1000)) == ddim.times(1000, "ends") == ddim.times(1000, "trailing")
     assert ddim.times(20, "ends")[::19] == [0, 999] and ddim.times(20, "trailing") == list(range(49, 1000, 50))
     root = math.sqrt(800) / 9
