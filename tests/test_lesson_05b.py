@@ -150,6 +150,14 @@ def test_mixing_exact_data_decodes_to_the_datas_width():
     assert half.std().item() == pytest.approx(math.sqrt(narrow), rel=0.06)
 
 
+def test_what_the_decoder_lets_through():
+    # README (c): with x_0 = 0 predicted, a step multiplies x by sqrt(abar_t / abar_s) (1 - abar_s) / (1 - abar_t).
+    ddpm, x = Interpolation(), torch.ones(1, 1, 1, 1)
+    net = lambda x, t: x / (1 - ddpm.abar[t].item()) ** 0.5
+    for times, share in ((range(999, 898, -1), 0.383), (range(999, 498, -1), 0.0209), ((999, 899), 0.383)):
+        assert ddpm.decode(net, x, times, [0] * (len(times) - 2)).item() == pytest.approx(share, rel=0.01)
+
+
 # ------------------------------------------------------------------ DDIM's codes (a look ahead)
 def test_slerp_keeps_its_ends_and_the_length_of_noise():
     a, b = torch.nn.functional.normalize(torch.randn(2, 4, 1, 28, 28, generator=generator()), dim=(3, 4)) * 28
@@ -169,6 +177,12 @@ def test_ddim_up_and_down_brings_the_image_back():
     assert torch.allclose(ddpm.ddim(net, code, down), x0, atol=0.02)
     ends = ddpm.spherical(net, x0, x0.flip(0), [0.0, 1.0], 200)
     assert torch.allclose(ends[0], x0, atol=0.06) and torch.allclose(ends[1], x0.flip(0), atol=0.06)
+
+
+def test_network_calls_that_the_page_names():
+    ddpm, x, calls = Interpolation(), torch.zeros(1, 1, 1, 1), []
+    ddpm.spherical(lambda x, t: calls.append(t) or x, x, x, [0.5], 50)
+    assert len(calls) == 49 + 49 + 50 and len(ddpm.times(500, 50)) - 1 == 25
 
 
 def test_one_ddim_step_is_its_formula():
