@@ -205,7 +205,7 @@ class UNet(nn.Module):
     attention  resolutions at which every block is followed by cross-attention (the middle always is)
     patch      the image enters as patch x patch pixels a position (1: one pixel)
     classes    the condition is 0 ... classes - 1, or `classes` for none
-    condition  "attention": the image attends to tokens of the class; "time": one vector joins the time's
+    condition  "attention": the image attends to tokens of the class; "time": one token, projected, joins the time's
     tokens     tokens of a class, L; each has `context` numbers, D
     """
 
@@ -220,9 +220,9 @@ class UNet(nn.Module):
         self.channels, self.patch, self.condition = channels, patch, condition
         width = 4 * channels
         self.time = nn.Sequential(linear(channels, width), nn.SiLU(), linear(width, width))
-        self.classes = ClassTokens(classes, *((tokens, context) if condition == "attention" else (1, width)))
-        if condition == "time":
-            nn.init.zeros_(self.classes.table.weight)                       # as W_O in a CrossBlock: nothing changes
+        self.classes = ClassTokens(classes, tokens, context)
+        if condition == "time":                                             # as W_O: at first nothing changes
+            self.classes = nn.Sequential(ClassTokens(classes, 1, context), linear(context, width, zero=True))
         size, c = image_size // patch, channels
         self.stem = conv(image_channels * patch ** 2, c)
 
@@ -258,7 +258,7 @@ class UNet(nn.Module):
     def forward(self, x, t, c):
         """x (B, C, H, W), t (B,) int, c (B,) int -> the predicted noise, (B, C, H, W)."""
         emb = self.time(time_embedding(t, self.channels))                   # (B, 4 channels)
-        context = self.classes(c)                                           # (B, L, D)
+        context = self.classes(c)                                           # (B, L, D), or (B, 1, 4 channels)
         if self.condition == "time":
             emb = emb + context[:, 0]
         x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)

@@ -9,7 +9,7 @@
 
 import torch
 
-from model import DDPM, ClassTokens, CrossBlock, UNet, drop, given
+from model import DDPM, CrossBlock, UNet, drop, given
 from utils import EMA, Run, UserError, Weights, cli, digits, ramp, save_grid
 
 
@@ -48,7 +48,7 @@ def begin_with(net, path):
 
     Sorted by name, these layers stand in the same order in both networks.
     """
-    new = {p for m in net.modules() if isinstance(m, (ClassTokens, CrossBlock)) for p in m.parameters()}
+    new = {p for m in net.modules() if m is net.classes or isinstance(m, CrossBlock) for p in m.parameters()}
     own = [p for _, p in sorted(net.named_parameters()) if p not in new]
     theirs = [value for _, value in sorted(Weights(path, "lesson_05").state.items())]
     if [p.shape for p in own] != [value.shape for value in theirs]:
