@@ -14,6 +14,8 @@ The criteria were written down before the numbers were seen.
     Inpainting: the PSNR of the missing lower half is higher than that of the training images' mean.
     Denoising at a signal-to-noise ratio of 1: the PSNR is higher than that of the Wiener filter with the training
     images' mean and covariance, the best linear estimate. Both in every seed; every seed has other test images.
+    A trial with a network of 800 steps, four samples each and 8 digits had failed at inpainting, 11.6 dB against 11.9.
+    The criterion stayed; the number of samples went from four to eight before the published network was measured.
 
 Measured without a verdict: the bound of the published network and where it is paid, the exact reverse steps of the
 heartbeat chain, and the PSNR of single posterior samples.
