@@ -14,8 +14,8 @@ The criteria were written down before the numbers were seen.
     paper's chains do, and gets the better of two step sizes. The annealed FID is lower in every seed, the gap is
     above 3 pooled standard deviations over the seeds, and the annealed mean is below half of the other.
 
-A first look at (a), with 100 steps a level and 4,000 points, gave 0.778. Points stop crossing between the clouds at
-sigma = 4, which takes its time; 200 steps a level were then chosen, for both samplers alike.
+A first look at (a), with 100 steps a level and 4,000 points, gave 0.778. Below sigma of about 3 hardly a point
+crosses between the clouds, so the share lags behind; 200 steps a level were then chosen, for both samplers alike.
 
 Measured without a verdict: (a) with other values of sigma_1; the exact score against a learned one; the loss at each
 level; with the published network, single levels of it, the chain from uniform noise, and (c) the digit that a judge
