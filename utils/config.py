@@ -111,7 +111,8 @@ def load(path, section, argv=(), cuda=False, quiet=False):
 
 QUICK = {"quick": (False, "a quick look: lays the section `quick` over the others")}
 POSITIVE = ("n", "steps", "batch_size", "batch", "timesteps", "channels", "groups", "patch", "lr", "log_every",
-            "seeds", "sample_steps", "bound_images", "width", "depth", "heads", "head_dim", "layers", "tokens")
+            "seeds", "sample_steps", "bound_images", "width", "depth", "heads", "head_dim", "layers", "tokens",
+            "epsilon", "sigma_L")
 NOT_NEGATIVE = ("seed", "threads", "warmup", "save_every", "preview_every", "clip", "dropout", "blocks", "limit",
                 "drop", "eta")
 
@@ -128,7 +129,7 @@ def _value(text, old, where):
 
 def _check(name, key, value):
     """Bounds that hold for a key of this name in every lesson."""
-    whole = key in POSITIVE and key != "lr"
+    whole = key in POSITIVE and key not in ("lr", "epsilon", "sigma_L")
     if key in POSITIVE + NOT_NEGATIVE and isinstance(value, str | None) or whole and isinstance(value, float):
         raise UserError(f"{name} must be a {'whole ' * whole}number, not {value!r}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
