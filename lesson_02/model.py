@@ -58,8 +58,8 @@ class DPM(Chain):
         if timesteps < 3 or bumps < 2:
             raise ValueError(f"timesteps={timesteps} must be at least 3 and bumps={bumps} at least 2")
         self.timesteps, self.mean, self.std, self.levels = timesteps, mean, std, levels
-        baseline = 1 / torch.linspace(timesteps, 2, timesteps, dtype=torch.float64)     # the same share of the signal
-        floor = torch.full_like(baseline, 1e-6)                                         # is lost at every step
+        baseline = 1 / torch.linspace(timesteps, 2, timesteps, dtype=torch.float64)     # every step destroys the
+        floor = torch.full_like(baseline, 1e-6)                                         # same part of x_0
         floor[0] += first
         # Differs from the paper: beta is fixed, as in the released code; the paper learns beta_2 to beta_T.
         beta = floor + baseline * (1 - floor - 1e-5)

@@ -15,7 +15,8 @@ The criteria were written down before the numbers were seen.
     Denoising at a signal-to-noise ratio of 1: the PSNR is higher than that of the Wiener filter with the training
     images' mean and covariance, the best linear estimate. Both in every seed; every seed has other test images.
     A trial with a network of 800 steps, four samples each and 8 digits had failed at inpainting, 11.6 dB against 11.9.
-    The criterion stayed; the number of samples went from four to eight before the published network was measured.
+    Noise of time t on the known pixels gave 11.7, and was dropped. The criterion stayed. Before the published network
+    was measured the samples went from four to eight and the images a seed from 24 to 10; seed 0 holds the trial's 8.
 
 Measured without a verdict: the bound of the published network and where it is paid, the exact reverse steps of the
 heartbeat chain, and the PSNR of single posterior samples.

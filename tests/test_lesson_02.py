@@ -67,6 +67,7 @@ def test_bumps():
     time = -1 + 2 * 300 / 999
     bump = [math.exp(-(time - (-1 + 2 * j / 9)) ** 2 / (2 * (1 / 9) ** 2)) for j in range(10)]
     assert basis[300].tolist() == pytest.approx([b / sum(bump) for b in bump], abs=1e-12)
+    assert ((basis[1:] - basis[:-1]).abs().amax(1) > 1e-3).all()                        # neighbouring times differ
 
 
 def test_log_snr_at_three_times():
@@ -278,6 +279,18 @@ def test_denoise_is_guide_where_the_steps_are_small():
     exact = model.denoise(y, 1.0)(mean, variance)
     guided = model.guide(lambda x: y - x)(mean, variance)   # the gradient of log N(y; x, 1)
     assert torch.allclose(exact[0], guided[0], atol=1e-5) and torch.allclose(exact[1], guided[1], rtol=2e-3)
+
+
+def test_the_same_observation_at_every_step_counts_too_often():
+    # README: unit Gaussian data, y = 1, sigma = 1. The posterior has 0.5 and 0.5; the walk ends near 2 / 3 and 1 / 3.
+    dpm, r = DPM(), model.denoise(torch.tensor(1.0).double(), 1.0)
+    mean, variance = r(torch.zeros(1).double(), torch.ones(1).double())                 # r p(x_T)
+    beta = dpm.beta(torch.arange(1000), torch.arange(1000) - 1)
+    for t in range(999, 0, -1):
+        scale, step = (1 - beta[t]).sqrt(), r(torch.zeros(1).double(), beta[t])
+        gain = r(torch.ones(1).double(), beta[t])[0] - step[0]                          # r is linear in the mean
+        mean, variance = step[0] + gain * scale * mean, (gain * scale) ** 2 * variance + step[1]
+    assert mean.item() == pytest.approx(0.667, abs=1e-3) and variance.item() == pytest.approx(0.334, abs=1e-3)
 
 
 def test_inpaint_keeps_what_is_known():
