@@ -183,9 +183,8 @@ class NCSNv2(nn.Module):
     def start(self, n, shape, generator=None):
         """Where a chain begins, Alg. 1, line 1: noise of the largest level. (n, *shape).
 
-        Differs from the paper, which starts from uniform noise in [0, 1]: its mean of 0.5 is far from that of digits,
-        0.13, noise of sigma_1 = 1 hides no such difference in the mean of 784 pixels, and a small network that has
-        not seen images so bright drives them to white.
+        Differs from the paper, which starts from uniform noise in [0, 1]. With sigma_1 from the data either start is
+        forgotten; noise of sigma_1 = 1 does not hide a mean of 0.5, and that of digits is 0.13.
         """
         return self.sigmas[0].item() * torch.randn(n, *shape, generator=generator).to(self.sigmas.device)
 
