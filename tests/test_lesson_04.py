@@ -116,7 +116,7 @@ def test_noise_levels_are_geometric():
     assert closest[1] == min(closest)
 
 
-@pytest.mark.parametrize("sigma_1, sigma_L", [(1, 1), (0.01, 1), (1, 0), (1, -1)])
+@pytest.mark.parametrize("sigma_1, sigma_L", [(1, 1), (0.01, 1), (1, 0), (1, -1), (-1, 0.01)])
 def test_bad_levels_are_refused(sigma_1, sigma_L):
     with pytest.raises(ValueError, match="sigma_L"):
         NCSNv2(sigma_1, sigma_L)
