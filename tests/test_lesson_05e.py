@@ -231,7 +231,8 @@ def test_prompts(trained):
 
 @pytest.mark.parametrize("prompt, message", [("a purple seven", "'purple'.*thin fine regular"), ("thick", "no digit"),
                                              ("a small seven", "'small'.*narrow normal wide leaning"),
-                                             ("a thick thin 7", "two different"), ("a " * 20 + "7", "21 words")])
+                                             ("a thick thin 7", "two different"), ("a " * 20 + "7", "21 words"),
+                                             ("leaning seven thick right a", "to which side")])
 def test_prompts_that_cannot_be_drawn(trained, prompt, message):
     runs, _ = trained
     with pytest.raises(UserError, match=message):
@@ -242,6 +243,8 @@ def test_grid_of_captions():
     read = [read_caption(text)[0] for text in sample.GRID]
     assert len({tuple(sorted(one.items())) for one in read}) == 90
     assert [one["digit"] for one in read[:10]] == list(range(10))
+    for k in range(10):                                # the rows that README.md names as never seen
+        assert [i for i in range(9) if held_out(k, *divmod(i, 3))] == sorted([(k + 1) % 9, (k + 5) % 9])
 
 
 # ------------------------------------------------------------------ the claim
