@@ -254,7 +254,10 @@ def test_paraphrases_mean_the_same():
                                                                          {"digit": 7, "thickness": 0}]
     assert read_caption("a 3 in the upper left") == [{"digit": 3, "y": 0, "x": 0}]
     assert read_caption("a 3 in the middle") == [{"digit": 3, "y": 1, "x": 1}]
-    assert read_caption("") == read_caption("a") == []
+    assert read_caption("") == read_caption(" , ") == []
+    for text in ("a", "a handwritten digit"):
+        with pytest.raises(UserError, match="names no digit"):
+            read_caption(text)
 
 
 def random_wish(rng):

@@ -264,6 +264,8 @@ def read_caption(text):
     "" asks for nothing: []. A caption that names no digit or contradicts itself is a UserError.
     """
     Tokenizer().numbers(text)                          # every word is known
+    if not words_of(text):
+        return []
     found, turned, words = [{}], False, words_of(text)
     while words:
         word, following = words.pop(0), words[0] if words else ""
@@ -284,8 +286,6 @@ def read_caption(text):
         for name, level in entries:
             if found[-1].setdefault(name, level) != level:
                 raise UserError(f"{text!r} asks for two different things: {name} {found[-1][name]} and {level}")
-    if not any(found) and len(found) == 1:
-        return []
     if any("digit" not in one for one in found):
         raise UserError(f"{text!r} names no digit: say which, as in 'a thick seven leaning right'")
     return found[::-1] if turned else found
