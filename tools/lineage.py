@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = ("model.py", "train.py", "sample.py", "reproduce.py")
 KINDS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 TWIN_LINES = 8                          # equal definitions need a marker from this many lines of code on
-MODEL_IMPORTS = {"torch", "einops", "numpy", *sys.stdlib_module_names}
+MODEL_IMPORTS = {"torch", "einops", "numpy", "torchdiffeq", *sys.stdlib_module_names}
 LOCK = "lineage.lock"                   # one line for each adaptation: "adapted <- origin hash"
 START, END = "<!-- lineage:start -->", "<!-- lineage:end -->"
 MARKER = re.compile(r"# (Copied|Adapted) from (lesson_\d+(?:/sublesson_[a-z])?/\w+\.py): (\w+(?:\.\w+)?)(?: -- (.+))?")
@@ -292,8 +292,8 @@ def check_imports(house):
                 elif top == "tools" and not level:
                     yield *here, "imports tools: only tools and tests may"
                 elif in_lesson and file.name == "model.py" and top not in MODEL_IMPORTS:
-                    yield *here, (f"imports {top}: model.py may import torch, einops, numpy and the standard library "
-                                  "only, so that it can be copied out alone")
+                    yield *here, (f"imports {top}: model.py may import torch, einops, numpy, torchdiffeq and the "
+                                  "standard library only, so that it can be copied out alone")
                 elif in_lesson and re.match(r"lesson_\d", top):
                     yield *here, f"imports {top}: copy what you need under `# Copied from ...`, or read its weights"
                 elif not in_lesson and (re.match(r"lesson_\d", top) or not level and f"{top}.py" in FILES):

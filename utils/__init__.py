@@ -11,6 +11,7 @@ from .captions import (
     read_caption,
     scene_caption,
 )
+from .claims import deviation, pooled, save_json, seeded, verdict
 from .config import Section
 from .data import digits, to_float, to_uint8
 from .ema import EMA
@@ -23,8 +24,8 @@ from .scores import classify, fid_to_test, floor, report, score
 
 __all__ = [
     "EMA", "ROOT", "Run", "Section", "Tokenizer", "UserError", "Weights", "atomic", "attributes", "caption",
-    "captioned", "classify", "cli", "code_hash", "digits", "fid_to_test", "figure", "floor", "follow", "grid",
-    "held_out", "measure", "parallel", "ramp", "read_caption", "report", "save_figure", "save_gif", "save_grid",
-    "save_losses", "save_npz", "save_strip", "save_weights", "scene_caption", "score", "to_float", "to_uint8",
-    "trained", "write_json",
+    "captioned", "classify", "cli", "code_hash", "deviation", "digits", "fid_to_test", "figure", "floor", "follow",
+    "grid", "held_out", "measure", "parallel", "pooled", "ramp", "read_caption", "report", "save_figure",
+    "save_gif", "save_grid", "save_json", "save_losses", "save_npz", "save_strip", "save_weights", "scene_caption",
+    "score", "seeded", "to_float", "to_uint8", "trained", "verdict", "write_json",
 ]
