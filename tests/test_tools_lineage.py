@@ -309,7 +309,8 @@ def test_forbidden_imports_are_caught(tmp_path, path, line, message):
 
 def test_allowed_imports_pass(tmp_path):
     files = {"lesson_01/model.py": "import math\nimport numpy as np\nimport torch.nn.functional as F\n"
-                                   "from einops import rearrange\nfrom torch import nn\nfrom torchdiffeq import odeint\n",
+                                   "from einops import rearrange\nfrom torch import nn\n"
+                                   "from torchdiffeq import odeint\n",
              "lesson_01/train.py": "import sys\nimport matplotlib\nfrom model import net\nfrom utils import EMA\n",
              "utils/__init__.py": "import os.path\nfrom .run import Run\nfrom .model import x\n",
              "tools/a.py": "import utils\nfrom tools import b\nimport sys\nsys.path\n"}

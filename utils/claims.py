@@ -36,7 +36,7 @@ def seeded(seed):
 
 
 def save_json(claim, path):
-    """Write a claim as JSON, for `run.output`; what JSON does not have (infinity, NaN) becomes null. Returns the path."""
+    """Write a claim as JSON, for `run.output`; infinity and NaN, which JSON lacks, become null. Returns the path."""
     def plain(value):
         if isinstance(value, dict):
             return {str(k): plain(v) for k, v in value.items()}
