@@ -26,7 +26,22 @@ import torch.nn.functional as F
 import train
 from model import DDPM, CrossAttention, SpatialTransformer, UNet
 from sample import draw
-from utils import Run, Weights, classify, cli, digits, figure, parallel, save_figure, trained, write_json
+from utils import (
+    Run,
+    Weights,
+    classify,
+    cli,
+    deviation,
+    digits,
+    figure,
+    parallel,
+    pooled,
+    save_figure,
+    save_json,
+    seeded,
+    trained,
+    verdict,
+)
 
 ARMS = BLOCK, SAME_PLACE, EQUAL = "transformer", "05c's layers, same place", "05c's layers, as many parameters"
 
@@ -47,21 +62,13 @@ def main(argv=None):
     claim |= {"arms": table(rows), "n": cfg.n, "sample_steps": cfg.sample_steps, "heldout": cfg.heldout,
               "train_steps": cfg.steps, "rows": rows, "minutes": round((time.perf_counter() - start) / 60, 1)}
     run.say(text(claim))
-    run.output(lambda content, path: (write_json(path, content), path)[1], claim, "claim.json")
+    run.output(save_json, claim, "claim.json")
     run.output(plot, claim, "claim.png")
     network = published(run)
     run.output(block_diagram, network, "block.png")
     run.output(attention_maps, network, "attention.png")
     run.record("claim", **{key: value for key, value in claim.items() if key != "rows"})
     return claim
-
-
-# Copied from lesson_05/sublesson_c/reproduce.py: verdict
-def verdict(holds, cfg):
-    """One of the two verdicts, or none if there were too few seeds for one."""
-    if cfg.quick or cfg.smoke or cfg.seeds < 3:
-        return "no verdict from a quick look"
-    return "reproduced" if holds else "not reproduced at this scale"
 
 
 # ------------------------------------------------------------------ (a) the start
@@ -92,7 +99,7 @@ def measure(argv, arm, seed):
         run.lesson)
     ddpm, net, null = load(run, path)
     c = (torch.arange(cfg.n) % null).to(run.device)
-    digit, _ = classify(draw(ddpm, net, c, null, cfg.sample_steps, 1.0, torch.Generator().manual_seed(seed)))
+    digit, _ = classify(draw(ddpm, net, c, null, cfg.sample_steps, 1.0, seeded(seed)))
     return {"arm": arm, "seed": seed, "accuracy": float((digit == c.cpu()).float().mean()),
             **heldout(*load(run, path, exact=True), cfg.heldout, run.device)}
 
@@ -114,7 +121,7 @@ def heldout(ddpm, net, null, n, device, batch=100):
 
     Times are spread evenly, and times and noise are the same for every network.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x0, c = digits("test").first(n)
     t = torch.linspace(0, ddpm.timesteps - 1, n).round().long()[torch.randperm(n, generator=generator)]
     xt = ddpm.q_sample(x0.to(device), t.to(device), eps := torch.randn(x0.shape, generator=generator).to(device))
@@ -139,21 +146,16 @@ def table(rows):
     return arms
 
 
-def deviation(values):
-    """Standard deviation over the seeds; 0 for a single one."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def compare(rows):
     """Criteria (b) and (c): the transformer against lesson 05c's layers with as many parameters."""
     ours, theirs = ({key: [row[key] for row in rows if row["arm"] == arm] for key in ("error", "accuracy")}
                     for arm in (BLOCK, EQUAL))
     gap = statistics.mean(theirs["error"]) - statistics.mean(ours["error"])
-    pooled = ((deviation(ours["error"]) ** 2 + deviation(theirs["error"]) ** 2) / 2) ** 0.5
+    spread = pooled(ours["error"], theirs["error"])
     every = all(a < b for a, b in zip(ours["error"], theirs["error"]))
     lost = statistics.mean(theirs["accuracy"]) - statistics.mean(ours["accuracy"])
-    return {"error": {"gap": gap, "pooled_std": pooled, "lower_in_every_seed": every,
-                      "holds": every and gap > 3 * pooled},
+    return {"error": {"gap": gap, "pooled_std": spread, "lower_in_every_seed": every,
+                      "holds": every and gap > 3 * spread},
             "accuracy": {"lost": lost, "holds": lost <= 0.02}}
 
 
@@ -220,7 +222,7 @@ def example(network):
     x0, labels = digits("test").first(1000)
     x0 = torch.stack([x0[labels == k][0] for k in range(10)]).to(device)
     t = torch.full((10,), ddpm.timesteps // 3, device=device)
-    xt = ddpm.q_sample(x0, t, torch.randn(x0.shape, generator=torch.Generator().manual_seed(3)).to(device))
+    xt = ddpm.q_sample(x0, t, torch.randn(x0.shape, generator=seeded(3)).to(device))
     block = [m for m in net.modules() if isinstance(m, SpatialTransformer)][-1]
     called = []
     hook = block.register_forward_pre_hook(lambda block, inputs: called.append(inputs))
