@@ -1,0 +1,85 @@
+"""Draw digits with EDM's denoiser: Heun's method on 18 noise levels, and everything it is compared with.
+
+    python sample.py                                     64 digits, 35 calls: your newest weights, else the published
+    python sample.py solver=euler levels=vp steps=50     DDIM's way: Euler on the VP schedule's noise levels
+    python sample.py churn=20 steps=40                   Algorithm 2: noise added and removed on the way
+    python sample.py gif=denoising.gif npz=samples.npz   the way there as an animation; the images as an array
+    python sample.py n=2048 metrics=true                 FID and the other scores
+    python sample.py figures=true                        the denoiser by sigma, the same start with more churn
+"""
+
+import time
+
+import torch
+
+from model import EDM, UNet
+from utils import Run, cli, digits, report, save_gif, save_grid, save_npz, save_strip, score, seeded
+
+
+def main(argv=None):
+    run = Run(__file__, argv)
+    cfg = run.config.sample
+    edm, net = load(run, run.weights())                 # the file carries its network's configuration
+    sigmas = edm.levels(cfg.steps, cfg.levels)
+    how = {key: cfg[key] for key in ("schedule", "solver", "churn", "s_min", "s_max", "s_noise")}
+    calls = cfg.steps if cfg.solver == "euler" and not cfg.churn else 2 * cfg.steps - 1
+    start = time.perf_counter()
+    x = draw(edm, net, cfg.n, cfg.seed, cfg.batch, sigmas, **how)
+    seconds = time.perf_counter() - start
+    run.output(save_grid, x[:64], "samples.png")
+    print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
+    if cfg.npz:
+        run.output(save_npz, x, cfg.npz)
+    if cfg.gif:
+        run.output(save_gif, denoising(edm, net, 6, run.generator(1), sigmas, **how), cfg.gif, columns=6)
+    if cfg.figures:
+        figures(run, edm, net)
+    if cfg.metrics:
+        print(report(scores := score(x)))
+        name = f"sample_{calls}" + f"_churn_{cfg.churn:g}" * bool(cfg.churn)
+        run.record(name, nfe=calls, seconds=round(seconds, 1), levels=cfg.levels, **how, **scores)
+    return x
+
+
+def load(run, weights):
+    """Process and network of a weights file."""
+    return run.place(EDM(**weights.config["edm"]), weights.load(UNet(**weights.config["unet"])))
+
+
+def draw(edm, net, n, seed, batch, sigmas, **how):
+    """n samples in batches, (n, 1, 28, 28). The seed gives the same start whatever the way from there."""
+    noise = torch.randn(n, 1, 28, 28, generator=seeded(seed)).to(next(net.parameters()).device)
+    on_the_way = seeded(seed + 10**6)
+    return torch.cat([edm.sample(net, part, sigmas, generator=on_the_way, **how) for part in noise.split(batch)])
+
+
+def scaled(edm, y, sigma):
+    """y + sigma eps, standardised, scaled to the std of the data: an image to look at."""
+    return edm.to_image(y * edm.sigma_data / (sigma ** 2 + edm.sigma_data ** 2) ** 0.5)
+
+
+def denoising(edm, net, n, generator, sigmas, frames=30, **how):
+    """Pictures of one batch on its way: x, scaled, and beside it the digit D(x; sigma) that is expected, n of each."""
+    noise = torch.randn(n, 1, 28, 28, generator=generator).to(next(net.parameters()).device)
+    path, y = [], noise * sigmas[0]
+    for sigma, x, clean in edm.reverse(net, noise, sigmas, generator=generator, **how):
+        path.append(torch.stack([scaled(edm, y, sigma).float(), clean], dim=1).flatten(0, 1).cpu())
+        y = edm.standardise(x)
+    path.append(torch.stack([x, x], dim=1).flatten(0, 1).cpu())
+    return [path[i] for i in sorted({round(i) for i in torch.linspace(0, len(path) - 1, frames).tolist()})]
+
+
+@torch.no_grad()
+def figures(run, edm, net):
+    """Two more pictures: what the denoiser sees and gives by sigma, and the same start with more and more churn."""
+    y = edm.standardise(digits("test").first(5)[0][-1:].to(run.device).expand(9, -1, -1, -1))
+    sigma = torch.tensor([0.02, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0, 80.0], device=run.device)
+    y = y + sigma[:, None, None, None] * torch.randn(y.shape, generator=run.generator(2)).to(run.device)
+    clean = edm.to_image(edm.denoise(net, y, sigma))
+    run.output(save_strip, [scaled(edm, y, sigma[:, None, None, None]), clean], "denoised.png", scale=3)
+    rows = [draw(edm, net, 12, run.settings.seed, 12, edm.levels(40), churn=churn) for churn in (0.0, 5.0, 20.0, 80.0)]
+    run.output(save_strip, rows, "churn.png")
+
+
+if __name__ == "__main__":
+    cli(main)
