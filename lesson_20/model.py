@@ -92,6 +92,8 @@ def iddpm_ladder(M=1000, C_1=0.001, C_2=0.008):
 
 
 # ------------------------------------------------------------------ preconditioning and training: Sections 4, 5
+# Adapted from lesson_07/model.py: SDE -- a denoiser for every noise level in the place of the score at every time; loss
+#   and preconditioning that suit the level; the ODE apart, solved in steps of our choice
 class EDM(nn.Module):
     """The denoiser around a network, its training loss, and sampling with it. Holds no weights.
 

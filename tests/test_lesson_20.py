@@ -230,7 +230,7 @@ def test_any_schedule_on_any_levels_ends_at_the_same_image(schedule, levels):
 def test_calls_and_last_step():
     for solver, calls in (("heun", 35), ("euler", 18)):
         asked = []
-        def denoise(x, sigma):
+        def denoise(x, sigma, asked=asked):
             asked.append(float(sigma))
             return torch.zeros_like(x)
         path = list(ode_sampler(denoise, torch.ones(1, 1, 1, 1), noise_levels("edm", 18), solver=solver))
@@ -349,3 +349,129 @@ def test_loss_on_a_fixed_batch():
 def test_what_it_does_not_know_is_refused(call, what):
     with pytest.raises(ValueError, match=what):
         call()
+
+
+# ------------------------------------------------------------------ lesson 07: the same equation in another dress
+def test_equation_is_the_probability_flow_of_lesson_07():
+    # dx/dt by sigma(t), s(t) and D against f x - g^2 score / 2, on the VP SDE; one small Euler step of each.
+    vp, plan = load("lesson_07", "model").VP(), SCHEDULES["vp"]
+    x, t = f64(-1.0, 0.2, 1.5, 0.7), f64(0.7, 0.7, 0.7, 0.7)
+    sigma, s = plan.sigma(t), plan.scale(t)
+    assert torch.allclose(s, vp.marginal(t)[0]) and torch.allclose(s * sigma, vp.marginal(t)[1])
+    D = gaussian(0.3, 0.5)(x / s, sigma)
+    a, g = vp.coefficients(t)
+    expected = a * x - 0.5 * g ** 2 * (s * D - x) / (s * sigma) ** 2             # score of x = s (y + sigma eps)
+    sigmas = torch.cat([sigma[:1], plan.sigma(t[:1] - 1e-6)])
+    (_, moved, _), = ode_sampler(gaussian(0.3, 0.5), x / (s * sigma), sigmas, "vp", "euler")
+    assert torch.allclose((moved * plan.scale(t - 1e-6) - x) / -1e-6, expected, rtol=1e-4)
+
+
+# ------------------------------------------------------------------ diffusers
+X = torch.linspace(-1, 1, 6).reshape(1, 1, 2, 3)
+
+
+def fixed_network(x, c_noise):
+    """A "network" F: deterministic, mixes the pixels, knows the noise level."""
+    i, j = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")
+    matrix = torch.sin(1.7 * i + 3.1 * j + 0.5).to(x) / 2
+    return torch.tanh((x.flatten(1) @ matrix.T).reshape(x.shape)) + 0.3 * c_noise.reshape(-1, 1, 1, 1)
+
+
+def fixed_noise(x, sigma):
+    """The noise that a denoiser sees, for a scheduler that is given noise predictions."""
+    return (x - gaussian(0.2, 0.6)(x, sigma) + 0.1 * torch.sin(3 * x)) / sigma
+
+
+def make_fixture(diffusers):
+    """Numbers of EDMEulerScheduler and HeunDiscreteScheduler. `python tests/test_lesson_20.py` writes the fixture."""
+    euler = diffusers.EDMEulerScheduler()                                        # sigma_data 0.5, 0.002 to 80, rho 7
+    euler.set_timesteps(18)
+    parts = [{"sigma": s, "c_noise": euler.precondition_noise(s).item(),
+              "input": euler.precondition_inputs(X, s).flatten().tolist(),
+              "D": euler.precondition_outputs(X, fixed_network(X, torch.tensor([0.1])), s).flatten().tolist()}
+             for s in (0.002, 0.3, 5.0, 80.0)]
+    x, path = 80 * X, []
+    for t in euler.timesteps:
+        output = fixed_network(euler.scale_model_input(x, t), t.reshape(1))
+        x = euler.step(output, t, x).prev_sample
+        path.append(x.flatten().tolist())
+    heun = diffusers.HeunDiscreteScheduler(use_karras_sigmas=True, beta_schedule="linear", beta_start=1e-4,
+                                           beta_end=0.02)
+    heun.set_timesteps(10)
+    y, asked = heun.sigmas[0] * X, []
+    for t in heun.timesteps:
+        sigma = heun.sigmas[heun.step_index or 0]                                # where the network is asked
+        y = heun.step(fixed_noise(y, sigma), t, y).prev_sample
+        asked.append(sigma.item())
+    return {"diffusers": diffusers.__version__, "sigmas": euler.sigmas.tolist(), "parts": parts, "euler": path,
+            "heun_sigmas": heun.sigmas.tolist(), "heun_calls": len(asked), "heun": y.flatten().tolist()}
+
+
+def assert_equal_to(fixture):
+    edm, net = EDM(), lambda x, c_noise: fixed_network(x, c_noise)
+    near = lambda value: pytest.approx(value, rel=1e-4, abs=1e-4)
+    assert edm.levels(18).tolist() == pytest.approx(fixture["sigmas"], rel=1e-5)
+    for part in fixture["parts"]:
+        c_skip, c_out, c_in, c_noise = edm.coefficients(torch.tensor([part["sigma"]]))
+        assert c_noise.item() == near(part["c_noise"]) and (c_in * X).flatten().tolist() == near(part["input"])
+        D = edm.denoise(lambda x, t: fixed_network(X, torch.tensor([0.1])), X, torch.tensor(part["sigma"]))
+        assert D.flatten().tolist() == near(part["D"])
+    path = list(ode_sampler(lambda x, sigma: edm.denoise(net, x, sigma), X, edm.levels(18), solver="euler"))
+    for (_, x, _), expected in zip(path, fixture["euler"], strict=True):
+        assert x.flatten().tolist() == near(expected)
+    sigmas = f64(*dict.fromkeys(fixture["heun_sigmas"]))                         # each once
+    assert sigmas[:-1].tolist() == pytest.approx(
+        noise_levels("edm", 10, sigmas[-2].item(), sigmas[0].item())[:-1].tolist(), rel=1e-5)
+    x = last(ode_sampler(lambda x, sigma: x - sigma * fixed_noise(x, sigma), X, sigmas))
+    assert x.flatten().tolist() == near(fixture["heun"]) and fixture["heun_calls"] == 19
+
+
+def test_equal_to_the_fixture_of_diffusers():
+    assert_equal_to(json.loads(FIXTURE.read_text()))
+
+
+def test_equal_to_diffusers():
+    assert_equal_to(make_fixture(pytest.importorskip("diffusers", reason="pip install -e '.[reference]'")))
+
+
+# ------------------------------------------------------------------ the claim's arithmetic, on made-up rows
+CFG = Section(seeds=3, calls=[9, 35], converged=159, quick=False, smoke=False)
+FIDS = {"Euler, VP levels": {"9": [9.0, 9.0, 9.0], "35": [2.5, 2.6, 2.7]},
+        "Euler, EDM levels": {"9": [8.0, 8.0, 8.0], "35": [2.1, 2.1, 2.1]},
+        "Heun, EDM levels": {"9": [5.0, 5.0, 5.0], "35": [2.0, 2.05, 2.0], "159": [2.0, 2.0, 2.0]}}
+FAR = {"Euler, VP levels": {"35": [0.10, 0.11, 0.12]}, "Heun, EDM levels": {"35": [0.01, 0.02, 0.01]}}
+
+
+@pytest.mark.parametrize("sampler, fids, distance, holds", [
+    (None, None, [0.01, 0.02, 0.01], True),
+    ("Heun, EDM levels", [2.2, 2.0, 2.0], [0.01, 0.02, 0.01], False),            # not near in one seed
+    ("Heun, EDM levels", [1.8, 2.0, 2.0], [0.01, 0.02, 0.01], False),            # near means to either side
+    ("Euler, VP levels", [2.5, 2.05, 2.7], [0.01, 0.02, 0.01], False),           # DDIM is near in one seed
+    (None, None, [0.01, 0.03, 0.01], False),                                     # less than 5 times in one seed
+])
+def test_sampler_is_judged_as_the_criterion_says(sampler, fids, distance, holds):
+    changed = {name: {**row, **({"35": fids} if name == sampler else {})} for name, row in FIDS.items()}
+    far = {**FAR, "Heun, EDM levels": {"35": distance}}
+    assert load("lesson_20", "reproduce").sampler_claim(changed, far, CFG)["holds"] == holds
+
+
+def test_training_and_loss_are_judged_as_the_criteria_say():
+    reproduce = load("lesson_20", "reproduce")
+    arms = lambda old, ours: {reproduce.name(("vp", "vp")): old, reproduce.name(("edm", "vp")): [0.0],
+                              reproduce.name(("edm", "edm")): ours}
+    assert reproduce.training_claim(arms([9.0, 9.1, 9.2], [5.0, 5.1, 5.2]))["holds"]
+    assert not reproduce.training_claim(arms([9.0, 5.0, 9.2], [5.0, 5.1, 5.2]))["holds"]
+    assert not reproduce.training_claim(arms([9.0, 7.0, 8.0], [6.0, 6.1, 6.2]))["holds"]
+    row = lambda sigma, trained, start=1.0, plain=3.7: {"sigma": sigma, "trained": trained, "start": start,
+                                                        "plain": plain}
+    table = [row(0.002, 0.9), row(0.3, 0.2), row(80.0, 0.7)]
+    assert reproduce.loss_claim(table)["holds"]
+    for bad in ([row(0.002, 0.3), *table[1:]], [*table[:2], row(80.0, 0.3)], [row(0.002, 0.9, 1.03), *table[1:]],
+                [*table[:2], row(80.0, 0.7, plain=1.0)], [row(0.002, 0.9), row(0.01, 0.2), row(80.0, 0.7)]):
+        assert not reproduce.loss_claim(bad)["holds"]
+
+
+if __name__ == "__main__":
+    import diffusers
+
+    FIXTURE.write_text(json.dumps(make_fixture(diffusers)) + "\n")
