@@ -147,12 +147,13 @@ def test_predict_x0_undoes_the_field(path):
 def test_loss_is_a_plain_squared_error(path, objective):
     flow, x0 = FlowMatching(path, objective), torch.rand(64, 1, 2, 2) * 2 - 1
     torch.manual_seed(3)
-    loss = flow.loss(lambda x, t: torch.zeros_like(x), x0)
+    loss = flow.loss(lambda x, t: 0.5 * x, x0)
     torch.manual_seed(3)
     t = flow.path.end * torch.rand(64, dtype=torch.float64)
     eps = torch.randn_like(x0)
     target = flow.target(x0, t, eps) if objective == "flow" else eps
-    assert loss.item() == pytest.approx(target.square().mean().item(), rel=1e-6)
+    xt = flow.q_sample(x0, t, eps)
+    assert loss.item() == pytest.approx((0.5 * xt - target).square().mean().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("path", ["ot", "vp"])
@@ -169,6 +170,19 @@ def test_minimum_of_the_loss_is_the_marginal_field(path):
         at = flow.velocity(Gaussian(flow), torch.tensor([0.0, 1.0])[:, None, None, None], time[:2]).flatten()
         assert intercept.item() == pytest.approx(at[0].item(), abs=0.02)
         assert (slope + intercept).item() == pytest.approx(at[1].item(), abs=0.02)
+
+
+@pytest.mark.parametrize("path", ["ot", "vp"])
+def test_flow_matching_is_score_matching_with_another_weight(path):
+    # An error d of the noise is an error -(beta / 2 s) d of the field on the VP path, -d / t on the OT path.
+    torch.manual_seed(0)
+    flow, t = FlowMatching(path), double(0.1, 0.5, 0.9)
+    x, eps, wrong = torch.randn(3, 3, 1, 2, 2)
+    a, s, _, _ = flow.coefficients(t)
+    field = lambda noise: flow.target((x - s * noise) / a, t, noise)
+    T = t.float()[:, None, None, None]
+    factor = (0.1 + 19.9 * (1 - T)) / (2 * s) if path == "vp" else 1 / T
+    assert torch.allclose(field(eps) - field(wrong), -factor * (eps - wrong), rtol=1e-3, atol=1e-4)
 
 
 def test_noise_is_not_paired_with_the_data():
