@@ -208,14 +208,14 @@ class Mixture(nn.Module):
 
     def forward(self, xt, t, c):
         """eps = -sqrt(1 - abar) grad ln q_t(x_t | c), exact. xt (B, D, 1, 1), t, c (B,) -> (B, D, 1, 1)."""
-        x, abar = xt.flatten(1), self.process.abar[t].float()[:, None]
+        x, abar = xt.flatten(1).double(), self.process.abar[t][:, None]     # in float32 1 - abar would lose its digits
         centres = abar.sqrt()[:, :, None] * self.means                      # (B, K, D)
         variance = abar * self.std ** 2 + 1 - abar                          # of x_t around its centre, (B, 1)
         among = torch.softmax(-(x[:, None] - centres).square().sum(2) / (2 * variance), dim=1)     # p(c | x_t)
-        asked = F.one_hot(c, len(self.means) + 1)[:, :-1].float()
+        asked = F.one_hot(c, len(self.means) + 1)[:, :-1].to(x)
         share = torch.where(c[:, None] == len(self.means), among, asked)                           # (B, K)
         eps = (1 - abar).sqrt() * (x - (share[:, :, None] * centres).sum(1)) / variance
-        return eps.unflatten(1, xt.shape[1:])
+        return eps.float().unflatten(1, xt.shape[1:])
 
 
 # ------------------------------------------------------------------ the network
@@ -289,14 +289,15 @@ class UNet(nn.Module):
         return rearrange(self.out(h), "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
 
 
-# Copied from lesson_05/model.py: ResBlock
+# Adapted from lesson_05/model.py: ResBlock -- time and class also scale the normalised features (adaptive group norm),
+#   as in the networks that the paper takes over from guided-diffusion; lesson 05 adds them
 class ResBlock(nn.Module):
-    """GroupNorm, swish, convolution, twice; the time enters between the two. The last convolution starts at 0."""
+    """GroupNorm, swish, convolution, twice; time and class scale and shift the second norm. conv2 starts at 0."""
 
     def __init__(self, c_in, c_out, width, dropout=0.0, groups=32):
         super().__init__()
         self.norm1, self.conv1 = norm(c_in, groups), conv(c_in, c_out)
-        self.time = linear(width, c_out)
+        self.time = linear(width, 2 * c_out)
         self.norm2, self.conv2 = norm(c_out, groups), conv(c_out, c_out, zero=True)
         self.dropout = nn.Dropout(dropout)
         self.skip = conv(c_in, c_out, kernel=1) if c_in != c_out else nn.Identity()
@@ -304,8 +305,9 @@ class ResBlock(nn.Module):
     def forward(self, x, emb):
         """x (B, c_in, H, W), emb (B, width) -> (B, c_out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(F.silu(emb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        scale, shift = self.time(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(self.dropout(F.silu(h)))
         return self.skip(x) + h
 
 

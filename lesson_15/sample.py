@@ -4,7 +4,7 @@
     python sample.py labels=7 guidance=3                 sevens, guided; labels=3,1,4 in turn; labels=none: no class
     python sample.py gif=denoising.gif npz=samples.npz   the way there as an animation; images and labels as arrays
     python sample.py n=2048 metrics=true                 accuracy, FID and the other scores
-    python sample.py figures=true                        the same noise at many weights; eps_c - eps_u; the mixture
+    python sample.py clip=false start=-10                x_0 not clipped, from a log-SNR from which that is possible
 """
 
 import time
@@ -38,15 +38,15 @@ def main(argv=None):
         asked = cfg.guidance != 0 and bool((c != null).all())
         scores = score(x, c if asked else None)
         print(report(scores))
-        name = f"sample_{cfg.steps}" + (f"_w{cfg.guidance:g}" if cfg.guidance != 1 else "")
-        run.record(name, nfe=calls, seconds=round(seconds, 1), guidance=cfg.guidance, **scores)
+        name = f"sample_{cfg.steps}" + f"_w{cfg.guidance:g}" * (cfg.guidance != 1) + f"_v{cfg.v:g}" * (cfg.v != 0.3)
+        run.record(name, nfe=calls, seconds=round(seconds, 1), guidance=cfg.guidance, v=cfg.v, **scores)
     return x
 
 
 def load(run, weights):
     """Process, network and the number of "no class" of a weights file, which carries their configuration."""
-    ddpm, net = DDPM(**weights.config["ddpm"]), weights.load(UNet(**weights.config["unet"]))
-    return *run.place(ddpm, net), weights.config["unet"]["classes"]
+    unet, ddpm = weights.config["unet"], DDPM(**{**weights.config["ddpm"], "v": run.config.sample.v})
+    return *run.place(ddpm, weights.load(UNet(**unet))), unet["classes"]
 
 
 # Copied from lesson_05/sublesson_c/sample.py: wanted

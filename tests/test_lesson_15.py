@@ -1,4 +1,4 @@
-"""Lesson 15: the maths of classifier-free guidance against closed forms, exact mixtures and diffusers' DDIMScheduler."""
+"""Lesson 15: classifier-free guidance against closed forms, exact mixtures and diffusers' DDIMScheduler."""
 
 import json
 import math
@@ -332,8 +332,10 @@ def test_step_equals_the_fixture_of_diffusers():
 
 def test_fixture_is_what_diffusers_gives():
     diffusers = pytest.importorskip("diffusers", reason="dev reference: pip install -e '.[reference]'")
-    for made, kept in zip(make_fixture(diffusers)["steps"], json.loads(FIXTURE.read_text())["steps"], strict=True):
-        assert made == pytest.approx(kept, rel=1e-6)
+    made, kept = make_fixture(diffusers), json.loads(FIXTURE.read_text())
+    assert made["block"] == pytest.approx(kept["block"], rel=1e-5, abs=1e-6)
+    for one, other in zip(made["steps"], kept["steps"], strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
 
 
 def make_fixture(diffusers):
@@ -347,23 +349,49 @@ def make_fixture(diffusers):
         step = scheduler.step(eps, t, x.double(), eta=float(s >= 0), use_clipped_model_output=True,
                               variance_noise=noise.double())
         rows.append(step.prev_sample.flatten().tolist())
-    return {"diffusers": diffusers.__version__, "steps": rows}
+    from diffusers.models.resnet import ResnetBlock2D
+
+    block, x, emb, _ = twin()
+    theirs = ResnetBlock2D(in_channels=4, out_channels=6, temb_channels=5, groups=2, time_embedding_norm="scale_shift")
+    names = {"time": "time_emb_proj", "skip": "conv_shortcut"}
+    theirs.load_state_dict({".".join([names.get(k.split(".")[0], k.split(".")[0]), k.split(".")[1]]): p
+                            for k, p in block.state_dict().items()})                      # every parameter, none left
+    with torch.no_grad():
+        y = theirs(x, emb)
+    return {"diffusers": diffusers.__version__, "steps": rows, "block": y.flatten().tolist()}
 
 
 # ------------------------------------------------------------------ the network
 def test_network_is_lesson_05s_with_a_vector_for_the_class():
-    torch.manual_seed(0)
-    net, old = UNet(**SMALL).eval(), parent.UNet(**SMALL).eval()
-    for p in net.parameters():
-        p.data = 0.1 * torch.randn(p.shape)
-    x, t, c = torch.randn(2, 1, 28, 28), times(3, 900), times(4, 10)
-    assert {name for name, _ in net.named_parameters()} - {name for name, _ in old.named_parameters()} == {
-        "label.weight"}
-    assert net.label.weight.shape == (11, 32)
-    before = net(x, t, c)
-    net.label.weight.data.zero_()
-    old.load_state_dict({k: v for k, v in net.state_dict().items() if k != "label.weight"})
-    assert torch.equal(net(x, t, c), old(x, t)) and not torch.allclose(before, old(x, t), atol=1e-3)
+    # The same layers, one table more, and twice as many outputs of each block's linear layer: a scale and a shift.
+    net, old = dict(UNet(**SMALL).named_parameters()), dict(parent.UNet(**SMALL).named_parameters())
+    assert set(net) - set(old) == {"label.weight"} and net["label.weight"].shape == (11, 32)
+    changed = {name for name in old if net[name].shape != old[name].shape}
+    blocks = {name for name, m in UNet(**SMALL).named_modules() if isinstance(m, model.ResBlock)}
+    assert changed == {f"{name}.time.{part}" for name in blocks for part in ("weight", "bias")}
+    assert all(net[name].shape[0] == 2 * old[name].shape[0] for name in changed)
+    zero = {name for name, p in net.items() if name.endswith("weight") and (p == 0).all()}
+    assert zero == {name for name, p in old.items() if name.endswith("weight") and (p == 0).all()}
+
+
+def twin():
+    """A residual block with weights by formula, its inputs and its output."""
+    block = model.ResBlock(4, 6, 5, groups=2)
+    for i, p in enumerate(block.parameters()):
+        p.data = torch.sin(torch.arange(p.numel()) * (0.7 + 0.013 * i) + i).reshape(p.shape)
+    x, emb = torch.cos(torch.arange(36.0)).reshape(1, 4, 3, 3), torch.sin(torch.arange(5.0)).reshape(1, 5)
+    with torch.no_grad():
+        return block, x, emb, block(x, emb)
+
+
+def test_block_equals_the_fixture_of_diffusers():
+    *_, y = twin()
+    assert y.flatten().tolist() == pytest.approx(json.loads(FIXTURE.read_text())["block"], rel=1e-5, abs=1e-5)
+
+
+def test_block_is_the_identity_at_the_start():
+    block, x = model.ResBlock(8, 8, 32, groups=4), torch.randn(2, 8, 7, 7)
+    assert torch.equal(block(x, torch.randn(2, 32)), x)
 
 
 def test_class_and_time_reach_the_output_and_the_null_class_is_learned():
