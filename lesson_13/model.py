@@ -174,7 +174,7 @@ def noise_like(x, generator=None):
     return torch.randn(x.shape, generator=generator).to(x.device)
 
 
-# ------------------------------------------------------------------ the noise schedule: Section 3, Appendix H
+# ------------------------------------------------------------------ the noise schedule: Section 3
 class Schedule(nn.Module):
     """gamma(t) = gamma_0 + (gamma_1 - gamma_0) u(t), with u increasing from u(0) = 0 to u(1) = 1.
 

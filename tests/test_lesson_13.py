@@ -464,6 +464,46 @@ def test_steps_equal_diffusers():
     assert torch.allclose(ours(), torch.tensor(made["path"]), rtol=1e-5, atol=1e-5)
 
 
+# ------------------------------------------------------------------ the claim's arithmetic, on made-up numbers
+def made_up(shift=0.0, control=1.0, wide=(3.0, 2.0, 2.0), grain=0.02):
+    """Draws (3 seeds, 100 images, 16 draws) for every interior: the same mean 1, other variances; paired images."""
+    generator = torch.Generator().manual_seed(0)
+    noise = lambda: torch.randn(3, 100, 16, generator=generator, dtype=torch.float64)
+    image = 0.2 * torch.randn(1, 100, 1, generator=generator, dtype=torch.float64)
+    terms = {"learned": 1 + image + grain * noise()}
+    for name, size in zip(("linear", "cosine", "ddpm"), wide):
+        terms[name] = 1 + image + grain * size * 10 * noise()
+    terms["linear"] = terms["linear"] + shift
+    return terms | {"control": 1 + control + image + grain * noise()}
+
+
+@pytest.mark.parametrize("terms, holds", [
+    (made_up(), True),
+    (made_up(shift=0.1), False),                                             # another mean
+    (made_up(control=0.0), False),                                           # the test could not tell
+    (made_up(wide=(0.1, 0.1, 0.1)), False),                                  # all variances alike
+    (made_up(wide=(30.0, 2.0, 2.0), grain=1.0), False),                      # too noisy to say anything
+], ids=["holds", "mean", "control", "variance", "noise"])
+def test_invariance_is_judged_as_the_criterion_says(terms, holds):
+    assert load("lesson_13", "reproduce").interior_table(terms)["holds"] is holds
+
+
+def test_ends_and_steps_are_judged_as_the_criteria_say():
+    reproduce = load("lesson_13", "reproduce")
+    rows = lambda *values: [{"bits_per_dim": value} for value in values]
+    low, high = rows(2.0, 2.1, 2.2), rows(3.0, 3.1, 3.2)
+    judge = lambda a, b: reproduce.compare({"a": a, "b": b}, "a", "b")["holds"]
+    assert judge(low, high) and not judge(high, low) and not judge(rows(2.0, 2.1, 2.9), rows(3.0, 3.1, 2.8))
+    assert not judge(rows(2.0, 2.4, 2.8), rows(2.1, 2.5, 2.9))               # the gap is below 3 deviations
+    base = torch.rand(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    falls = {"10": base + 2, "100": base + 1.1, "inf": base + 1}
+    assert reproduce.step_table(falls)["holds"]
+    assert not reproduce.step_table({**falls, "inf": base + 1.2})["holds"]
+    once = base + 1
+    once[1] += 0.2
+    assert not reproduce.step_table({**falls, "inf": once})["holds"]         # not in every seed
+
+
 # ------------------------------------------------------------------ bad values
 @pytest.mark.parametrize("call, what", [
     (lambda: VDM(-1), "T="), (lambda: VDM(2.5), "T="), (lambda: Schedule(interior="sqrt"), "interior"),

@@ -1,0 +1,85 @@
+"""Draw digits by ancestral sampling along the learned schedule, and measure the bound on the likelihood.
+
+    python sample.py                                     64 digits from your newest weights, else the published
+    python sample.py n=16 steps=1000 bound=512           fewer digits, more steps; bits/dim of 512 test images
+    python sample.py gif=denoising.gif npz=samples.npz   the way there as an animation; the images as an array
+    python sample.py n=2048 metrics=true figures=true    FID and the other scores; two more pictures
+"""
+
+import time
+
+import torch
+
+from model import VDM, Network
+from utils import Run, cli, digits, report, save_gif, save_grid, save_npz, save_strip, score
+
+
+def main(argv=None):
+    run = Run(__file__, argv)
+    cfg = run.config.sample
+    vdm, net = load(run, run.weights())                 # the file carries its network's configuration
+    start = time.perf_counter()
+    x = draw(vdm, net, cfg.n, cfg.steps, run.generator(), cfg.batch)
+    seconds = time.perf_counter() - start
+    run.output(save_grid, x[:64], "samples.png")
+    print(f"{cfg.n} digits, {cfg.steps} network calls each, in {seconds:.1f} s")
+    if cfg.npz:
+        run.output(save_npz, x, cfg.npz)
+    if cfg.gif:
+        run.output(save_gif, denoising(vdm, net, 12, cfg.steps, run.generator(1)), cfg.gif, columns=6)
+    if cfg.figures:
+        figures(run, vdm, net, x)
+    if cfg.bound:
+        terms = measure(vdm, net, digits("test").first(cfg.bound)[0].to(run.device), cfg.draws, run.generator(2))
+        bits = {name: round(float(value.mean()), 4) for name, value in terms.items()}
+        bits["standard_error"] = round(float(terms["bits_per_dim"].std()) / cfg.bound ** 0.5, 4)
+        print(f"bits/dim, a bound, over {cfg.bound} test images: {bits}")
+        run.record("bound", images=cfg.bound, draws=cfg.draws, **bits)
+    if cfg.metrics:
+        scores = score(x)
+        print(report(scores))
+        run.record(f"sample_{cfg.steps}", nfe=cfg.steps, seconds=round(seconds, 1), **scores)
+    return x
+
+
+def load(run, weights, **process):
+    """Process and network of a weights file; process: other values for VDM."""
+    vdm = VDM(**{**weights.config["vdm"], **process})
+    return run.place(vdm, weights.load(Network(weights.config["schedule"], weights.config["unet"])))
+
+
+def draw(vdm, net, n, steps, generator, batch=128):
+    """n samples in batches, (n, 1, 28, 28)."""
+    return torch.cat([vdm.sample(net, min(batch, n - i), steps, generator=generator) for i in range(0, n, batch)])
+
+
+def measure(vdm, net, x0, draws, generator, batch=128):
+    """The terms of the bound and their sum for every image, bits/dim: a dict of (N,)."""
+    parts = [vdm.bound(net, part, draws, generator)[:3] for part in x0.split(batch)]
+    reconstruction, prior, diffusion = (torch.cat([value.cpu().double() for value in one]) for one in zip(*parts))
+    terms = {"reconstruction": reconstruction, "prior": prior, "diffusion": diffusion.mean(1)}
+    return {**terms, "bits_per_dim": sum(terms.values())}
+
+
+def denoising(vdm, net, n, steps, generator, frames=30):
+    """Pictures of one batch on its way: z_t and beside it the x that the network expects, n / 2 of each."""
+    z, path = torch.randn(n // 2, 1, 28, 28, generator=generator).to(vdm.values.device), []
+    for _, after, x in vdm.reverse(net, z, steps, generator):
+        path.append(torch.stack([z, x], dim=1).flatten(0, 1).cpu())
+        z = after
+    path.append(torch.stack([z, z], dim=1).flatten(0, 1).cpu())
+    return [path[i] for i in sorted({round(i) for i in torch.linspace(0, len(path) - 1, frames).tolist()})]
+
+
+def figures(run, vdm, net, x):
+    """Two more pictures: three digits at 13 times, samples above their nearest training images."""
+    train, eps = digits("train").first(60_000)[0], torch.randn(13, 1, 28, 28, generator=run.generator(3)).to(run.device)
+    with torch.no_grad():
+        gamma = vdm.gamma(net, torch.linspace(0, 1, 13, dtype=torch.float64, device=run.device))
+    test, few = vdm.encode(digits("test").first(3)[0].to(run.device)), x[:12].cpu()
+    run.output(save_strip, [vdm.q_sample(test[[i] * 13], gamma, eps) for i in range(3)], "forward.png")
+    run.output(save_strip, [few, train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]], "neighbours.png")
+
+
+if __name__ == "__main__":
+    cli(main)
