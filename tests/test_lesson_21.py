@@ -363,6 +363,55 @@ def test_loss_trains_the_network():
     assert net.out[2].weight.grad.abs().max() > 0
 
 
+# ------------------------------------------------------------------ the claim's arithmetic, on made-up rows
+CFG = Section(seeds=3, calls=[1, 20, 100], quick=False, smoke=False)
+
+
+def made_up(one=(200.0, 20.0, 10.0), many=12.0, S=(100.0, 15.0), cost=(1000.0, 700.0, 690.0), spread=0.1):
+    rows = {model: [{"fid_1": one[i] + spread * seed} for seed in range(3)]
+            for i, model in enumerate(("1-rf", "2-rf", "distilled"))}
+    for seed in range(3):
+        rows["1-rf"][seed] |= {"fid_100": many, "S": S[0], "cost_random": cost[0], "cost": cost[1]}
+        rows["2-rf"][seed] |= {"S": S[1], "cost": cost[2]}
+    return rows
+
+
+@pytest.mark.parametrize("rows, failing", [
+    (made_up(), set()),
+    (made_up(one=(95.0, 20.0, 10.0)), {"fifth"}),
+    (made_up(many=10.0), {"twice"}),
+    (made_up(one=(200.0, 20.0, 19.8)), {"distilled"}),                          # lower, but within 3 deviations
+    (made_up(one=(200.0, 20.0, 21.0)), {"distilled"}),
+    (made_up(S=(100.0, 21.0)), {"straight"}),
+    (made_up(cost=(1000.0, 700.0, 706.0)), set()),                              # within the allowed 1 %
+    (made_up(cost=(1000.0, 700.0, 708.0)), {"cost"}),
+    (made_up(cost=(690.0, 700.0, 680.0)), {"cost"}),
+])
+def test_claims_are_judged_as_the_criteria_say(rows, failing):
+    judge = load("lesson_21", "reproduce").judge
+    assert {name for name, one in judge(rows, CFG).items() if not one["holds"]} == failing
+    assert {one["verdict"] for one in judge(rows, Section(**{**CFG, "quick": True})).values()} == {
+        "no verdict from a quick look"}
+
+
+def test_fresh_noise_is_not_the_noise_of_the_pairs():
+    starts, coupling = load("lesson_21", "sample").starts, Coupling(None, None, 1, 0)
+    fresh, seen = starts("noise", 4, 0), coupling.starts(4)
+    assert torch.cdist(fresh.flatten(1), seen.flatten(1)).min() > 20
+    assert torch.equal(fresh, starts("noise", 6, 0)[:4]) and not torch.equal(fresh, starts("noise", 4, 1))
+    assert starts("3", 5, 0).shape == (5, 1, 28, 28)
+
+
+def test_distances():
+    reproduce = load("lesson_21", "reproduce")
+    pool = torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)])
+    assert reproduce.nearest(torch.full((1, 1, 2, 2), 0.9), pool) == pytest.approx(0.1, abs=1e-6)
+    assert reproduce.rms(torch.zeros(3, 1, 2, 2), torch.full((3, 1, 2, 2), 0.5)) == 0.5
+    flow = RectifiedFlow()
+    x, calls = reproduce.carry(flow, constant, noise(5), batch=2, solver="midpoint", steps=3)
+    assert x.shape == (5, 1, 1, 1) and calls == 6
+
+
 # ------------------------------------------------------------------ diffusers, after t -> 1 - t
 def toy(z, t):
     """A velocity that is neither linear nor constant; t (B,) in [0, 1]."""

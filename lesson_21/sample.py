@@ -1,0 +1,82 @@
+"""Draw digits with a rectified flow: in one network call, or in more.
+
+    python sample.py                                     64 digits in one call each, by the distilled network
+    python sample.py model=2-rf steps=2                  the reflowed network in two Euler steps; model=1-rf: before it
+    python sample.py model=1-rf solver=dopri5            the adaptive solver; it says how many calls it needed
+    python sample.py model=1-rf steps=50 noise=1         the stochastic sampler
+    python sample.py gif=denoising.gif npz=samples.npz   1-rf beside 2-rf as an animation; the images as an array
+    python sample.py n=2048 metrics=true                 FID and the other scores
+"""
+
+import time
+
+import torch
+
+from model import RectifiedFlow, UNet
+from train import subset
+from utils import Run, cli, report, save_gif, save_grid, save_npz, score, seeded
+
+
+def main(argv=None):
+    run = Run(__file__, argv)
+    cfg, path = run.config.sample, run.weights().path
+    flow, net = load(run, path, cfg.model)
+    z0 = starts(cfg.source, cfg.n, cfg.seed).to(run.device)
+
+    begin = time.perf_counter()
+    x, calls = draw(flow, net, z0, cfg)
+    seconds = time.perf_counter() - begin
+    run.output(save_grid, x[:64], "samples.png")
+    print(f"{len(x)} digits of {cfg.model}, network calls each: {calls}, in {seconds:.1f} s")
+    if cfg.npz:
+        run.output(save_npz, x, cfg.npz)
+    if cfg.gif:
+        run.output(save_gif, way(run, path, starts(cfg.source, 6, cfg.seed + 1)), cfg.gif, columns=6)
+    if cfg.metrics:
+        scores = score(x)
+        print(report(scores))
+        run.record(f"sample_{cfg.model}_{cfg.solver}_{calls}", nfe=calls, seconds=round(seconds, 1), model=cfg.model,
+                   solver=cfg.solver, noise=cfg.noise, **scores)
+    return x
+
+
+def load(run, path, model):
+    """Process and network of one stage; the files of all three lie side by side."""
+    weights = run.read(path if model == "distilled" else path.with_name(f"{model}.safetensors"))
+    return run.place(RectifiedFlow(**weights.config["flow"]), weights.load(UNet(**weights.config["unet"])))
+
+
+def starts(source, n, seed):
+    """n starts: noise of this seed, or n images of a digit of the test set. (n, 1, 28, 28).
+
+    The seed is moved: the pairs of a training with the same seed begin at the noise that it would give.
+    """
+    data = subset(source, split="test")
+    if data is None:
+        return torch.randn(n, 1, 28, 28, generator=seeded(seed + 10**7))
+    return data.first(min(n, len(data)), seed)[0]
+
+
+def draw(flow, net, z0, cfg):
+    """The images that the starts are carried to, and the network calls (of dopri5: the mean of the batches)."""
+    if cfg.noise:
+        parts = [(flow.stochastic(net, part, cfg.steps, cfg.noise, seeded(cfg.seed + 10**6 + i)), cfg.steps)
+                 for i, part in enumerate(z0.split(cfg.batch))]
+    else:
+        parts = [flow.sample(net, part, cfg.solver, cfg.steps, cfg.tolerance) for part in z0.split(cfg.batch)]
+    return torch.cat([x for x, _ in parts]), round(sum(calls for _, calls in parts) / len(parts))
+
+
+def way(run, path, z0, frames=30):
+    """Pictures on the way: z_t of 1-rf and the end of the line it is on; the same of 2-rf. (4 n, 1, 28, 28) each."""
+    rows = []
+    for model in ("1-rf", "2-rf"):
+        flow, net = load(run, path, model)
+        z, v = flow.path(net, z0.to(run.device), frames)
+        aims = [flow.predict_z1(z[i], v[i], i / frames) for i in range(frames)] + [z[-1]]
+        rows.append([torch.cat(pair) for pair in zip(z, aims)])
+    return [torch.cat(pair) for pair in zip(*rows)]
+
+
+if __name__ == "__main__":
+    cli(main)
