@@ -415,6 +415,61 @@ def test_times_are_told_apart():
     assert emb.diff(dim=0).norm(dim=1).min() > 0.1
 
 
+# ------------------------------------------------------------------ what reproduce.py calls a result
+def rise(*means):
+    """Three seeds of a score at each weight, apart by a little."""
+    return [[m - 0.001, m, m + 0.001] for m in means]
+
+
+def sweep(fid=(2.0, 1.9, 5.0), accuracy=(0.9, 0.99, 0.99), precision=(0.7, 0.8, 0.9), recall=(0.9, 0.8, 0.5),
+          ink=(0.12, 0.13, 0.14)):
+    columns = dict(fid=rise(*fid), accuracy=rise(*accuracy), precision=rise(*precision), recall=rise(*recall),
+                   ink=rise(*ink))
+    return {w: {key: values[i] for key, values in columns.items()} for i, w in enumerate((1, 2, 5))}
+
+
+def test_clearly_wants_every_seed_and_three_deviations():
+    clearly = load("lesson_15", "reproduce").clearly
+    assert clearly([1.0, 1.1, 1.2], [2.0, 2.1, 2.2]) and not clearly([2.0, 2.1, 2.2], [1.0, 1.1, 1.2])
+    assert not clearly([1.0, 1.1, 2.3], [2.0, 2.1, 2.2])                                  # one seed disagrees
+    assert not clearly([1.0, 1.4, 1.8], [1.5, 1.9, 2.3])                                  # too small a gap
+
+
+@pytest.mark.parametrize("change, which, holds", [
+    ({}, "fid", True), ({"fid": (2.0, 2.1, 5.0)}, "fid", True),                           # flat, or lowest at 1
+    ({"fid": (3.0, 2.0, 1.9)}, "fid", False), ({"fid": (2.0, 1.9, 1.901)}, "fid", False),
+    ({}, "trade", True), ({"accuracy": (0.9, 0.99, 0.95)}, "trade", False),
+    ({"precision": (0.7, 0.8, 0.7)}, "trade", False), ({"recall": (0.9, 0.8, 0.85)}, "trade", False)])
+def test_sweep_is_judged_as_its_criterion_says(change, which, holds):
+    reproduce = load("lesson_15", "reproduce")
+    assert {"fid": reproduce.fid_claim, "trade": reproduce.trade}[which](sweep(**change))["holds"] == holds
+
+
+def test_saturation_and_dropping_are_judged_as_their_criteria_say():
+    reproduce = load("lesson_15", "reproduce")
+    free = {w: {"outside": values} for w, values in zip((1, 2, 5), rise(0.01, 0.02, 0.03))}
+    assert reproduce.saturation(sweep(), free)["holds"]
+    assert not reproduce.saturation(sweep(ink=(0.14, 0.13, 0.14)), free)["holds"]
+    assert not reproduce.saturation(sweep(), {**free, 5: free[1]})["holds"]
+    low, high = sweep(), sweep(fid=(3.0, 2.9, 2.5))
+    assert reproduce.dropping({0.1: low, 0.5: high})["holds"] and not reproduce.dropping({0.1: high, 0.5: low})["holds"]
+    assert reproduce.dropping({0.1: low, 0.5: high})["lowest_fid"][0.5] == pytest.approx([2.499, 2.5, 2.501])
+
+
+def test_sharpened_density_in_cells():
+    reproduce = load("lesson_15", "reproduce")
+    exact = Mixture(DDPM(20), TRIANGLE, 0.5)
+    mass = reproduce.sharpened(exact, 0, 1)
+    assert mass.sum().item() == pytest.approx(1) and mass.shape == (30, 30)
+    middle = ((reproduce.EDGES[:-1] + reproduce.EDGES[1:]) / 2).double()
+    assert (mass.sum(0) @ middle).item() == pytest.approx(1, abs=2e-3)                    # w = 1: class 0, mean (0, 1)
+    assert (mass.sum(0) @ (middle - 1) ** 2).item() == pytest.approx(0.25 + 0.2 ** 2 / 12, abs=5e-3)
+    assert (reproduce.sharpened(exact, 0, 4).sum(0) @ middle).item() > 1.1                # away from the others
+    torch.manual_seed(0)
+    x = torch.tensor([0.0, 1.0]) + 0.5 * torch.randn(20_000, 2)
+    assert (reproduce.cells(x) - mass).abs().sum() / 2 < 0.06
+
+
 if __name__ == "__main__":
     import diffusers
 
