@@ -61,18 +61,18 @@ def main(argv=None):
     start = time.perf_counter()
     run.open_folder("claim")
     seeds = range(cfg.seeds)
-    arms = [(arm, seed) for seed in seeds for arm in ARMS]
-    rows = {}
-    for job, row in zip(arms, parallel(train_arm, [(run.argv, *job) for job in arms], cfg.workers)):
-        rows[job] = row
-        run.say("{:18} seed {}: FID {:7.3f}   ".format(*job, row["fid"])
-                + "   ".join(f"{name} {value:.3f} bits/dim" for name, value in row["bits"].items()))
     jobs = sampling_jobs(cfg)
     fids = {}
     for job, value in zip(jobs, parallel(sample_fid, [(run.argv, *job) for job in jobs], cfg.workers)):
         fids[job] = value
         run.say("{} network, {} variance, {} steps, skip {}, seed {}: FID {:.3f}".format(*job, value))
     noise = list(parallel(gradient_noise, [(run.argv, seed) for seed in seeds], cfg.workers))
+    arms = [(arm, seed) for seed in seeds for arm in ARMS]
+    rows = {}
+    for job, row in zip(arms, parallel(train_arm, [(run.argv, *job) for job in arms], cfg.workers)):
+        rows[job] = row
+        run.say("{:18} seed {}: FID {:7.3f}   ".format(*job, row["fid"])
+                + "   ".join(f"{name} {value:.3f} bits/dim" for name, value in row["bits"].items()))
     claim = {
         "likelihood": likelihood(rows, cfg), "few_steps": few_steps(fids, cfg), "gradient_noise": noise_scale(noise),
         "skipping": skipping(fids, cfg), "n": cfg.n, "floor": floor(cfg.n), "seeds": cfg.seeds,
@@ -112,11 +112,11 @@ def load(run, path, lesson, **changes):
 
 
 def network(run, which, **changes):
-    """The published network ("cosine") or lesson 05's ("linear"); in smoke mode two of the arms."""
+    """The published network ("cosine") or lesson 05's ("linear"); in smoke mode one that has learned nothing."""
     cfg = run.config.reproduce
-    if cfg.smoke or which == "cosine" and not run.published.exists():
-        arm = "L_hybrid" if which == "cosine" else "L_simple"
-        return load(run, max((run.folder / f"{arm}_0").glob("**/weights.safetensors")), run.name, **changes)
+    if cfg.smoke:
+        ddpm = IDDPM(**{**run.config.ddpm, "schedule": which, **changes})
+        return run.place(ddpm, UNet(**run.config.unet))
     if which == "cosine":
         return load(run, run.published, run.name, **changes)
     return load(run, run.lesson / cfg.start, "lesson_05", **changes)
