@@ -146,22 +146,21 @@ def judge(rows, cfg):
 
 
 # ------------------------------------------------------------------ are the pairs memorised?
-@torch.no_grad()
 def memory(run, path):
-    """One step against 1-rf's own end, from starts of the training's pairs and from fresh ones; and nearest pairs."""
-    cfg = run.config.reproduce
+    """One step against the end that the teacher gives, from starts of the training's pairs and from fresh ones.
+
+    Also how near fresh images are to the nearest pair: of a network that recites, nearer than the teacher's.
+    """
+    cfg, steps = run.config.reproduce, run.config.train.pair_steps
     seen = Coupling(None, None, 1, 0).starts(cfg.pairs).to(run.device)                    # of the published training
-    fresh = starts("noise", cfg.pairs, cfg.seeds + 7).to(run.device)
-    flow, net = load(run, path, "1-rf")
-    end_seen, end_fresh = (carry(flow, net, z, solver="midpoint", steps=run.config.train.pair_steps)[0]
-                           for z in (seen, fresh))
-    result = {"pairs": cfg.pairs, "nearest_pair": {"1-rf, many steps": nearest(end_fresh, end_seen)}, "rms": {}}
-    for model in MODELS[1:]:
-        flow, net = load(run, path, model)
-        one_seen, one_fresh = carry(flow, net, seen)[0], carry(flow, net, fresh)[0]
-        result["rms"][model] = {"seen": rms(one_seen, end_seen), "fresh": rms(one_fresh, end_fresh)}
-        result["nearest_pair"][f"{model}, one step"] = nearest(one_fresh, end_seen)
-    return result
+    fresh, result = starts("noise", cfg.pairs, cfg.seeds + 7).to(run.device), {}
+    for teacher, student, n in (("1-rf", "2-rf", steps[0]), ("2-rf", "distilled", steps[1])):
+        ends = [carry(*load(run, path, teacher), z, solver="midpoint", steps=n)[0] for z in (seen, fresh)]
+        ones = [carry(*load(run, path, student), z)[0] for z in (seen, fresh)]
+        result[student] = {"rms_seen": rms(ones[0], ends[0]), "rms_fresh": rms(ones[1], ends[1]),
+                           "nearest_pair": nearest(ones[1], ends[0]),
+                           "nearest_pair_of_teacher": nearest(ends[1], ends[0])}
+    return {**result, "pairs": cfg.pairs}
 
 
 def rms(a, b):

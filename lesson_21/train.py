@@ -15,8 +15,8 @@ from utils import EMA, Run, UserError, cli, digits, ramp, save_grid, save_weight
 from utils.data import Digits
 
 
-# Adapted from lesson_05/train.py: main -- three trainings in a row: each starts from the average of the one before, and
-#   the second and third learn from pairs that the first has made
+# Adapted from lesson_05/train.py: main -- three trainings in a row: the second and third start from the average of the
+#   one before and learn from the pairs that it makes
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg, ends = run.config.train, stage_ends(run.config.train)
@@ -27,8 +27,8 @@ def main(argv=None):
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
     coupling = Coupling(subset(cfg.source, cfg.batch_size, cfg.seed + 1), subset(cfg.target, cfg.batch_size, cfg.seed),
                         cfg.batch_size, cfg.seed)
-    if ends[0] <= run.step:                             # resumed after the first stage
-        coupling.pairs = load_file(run.folder / "pairs.safetensors")
+    if ends[0] <= run.step < cfg.steps:                 # resumed after the first stage
+        coupling.pairs = load_file(run.folder / f"pairs_{sum(run.step >= end for end in ends)}.safetensors")
 
     for step, (z0, z1) in run.steps(coupling):          # (B, 1, 28, 28) each
         stage = sum(step >= end for end in ends)        # 0: 1-rf, 1: 2-rf, 2: distilled
@@ -47,13 +47,12 @@ def main(argv=None):
                       run.folder / f"preview_{step + 1:06d}.png")
         if step + 1 == end < cfg.steps:                 # the end of 1-rf or 2-rf, and another stage follows
             keep(run, ema.module, ("1-rf.safetensors", "2-rf.safetensors")[stage])
-            if stage == 0:                              # Algorithm 1, reflow: pairs made by the flow itself, once
-                z0 = coupling.starts(cfg.pairs)
-                z1 = torch.cat([flow.sample(ema.module, part.to(run.device), "midpoint", cfg.pair_steps)[0].cpu()
-                                for part in z0.split(128)])
-                coupling.pairs = {"z0": z0.half(), "z1": z1.half()}
-                if run.is_main:
-                    save_file(coupling.pairs, run.folder / "pairs.safetensors")
+            z0 = coupling.starts(cfg.pairs)             # Algorithm 1: the flow's own pairs, made once, by the average
+            z1 = [flow.sample(ema.module, part.to(run.device), "midpoint", cfg.pair_steps[stage])[0].cpu()
+                  for part in z0.split(128)]
+            coupling.pairs = {"z0": z0.half(), "z1": torch.cat(z1).half()}
+            if run.is_main:
+                save_file(coupling.pairs, run.folder / f"pairs_{sum(step + 1 >= end for end in ends)}.safetensors")
             getattr(net, "module", net).load_state_dict(ema.module.state_dict())           # the next starts from here
             optimizer.state.clear()
             ema.n_averaged.zero_()
