@@ -43,6 +43,8 @@ class DDPM(nn.Module):
             raise ValueError(f"timesteps={timesteps} must be at least 2")
         if not -60 <= low < high <= 30:                # beyond, 1 - abar has no digits left in float64
             raise ValueError(f"low={low}, high={high}: -60 <= low < high <= 30 is needed")
+        if not 0 <= v <= 1:
+            raise ValueError(f"v={v} must be between 0 and 1")
         self.timesteps, self.v = timesteps, v
         abar = log_snr(torch.linspace(0, 1, timesteps, dtype=torch.float64), low, high).sigmoid()
         # The entry appended is abar_{-1} = 1: no noise.

@@ -289,7 +289,7 @@ def test_first_jump_enlarges_an_error_of_the_network():
 
 
 def test_last_step_adds_no_noise_and_seeds_decide():
-    ddpm, x = DDPM(20), torch.randn(2, 1, 2, 2)
+    ddpm, x = DDPM(20, v=1.0), torch.randn(2, 1, 2, 2)         # v = 1: the variance is not 0 by itself
     paths = [list(ddpm.reverse(lambda x, t: 0.9 * x, x, ddpm.times(5), True, torch.Generator().manual_seed(s)))
              for s in (0, 0, 1)]
     assert torch.equal(paths[0][-1][1], paths[0][-1][2])                # x_{-1} is the estimate of x_0
@@ -299,7 +299,8 @@ def test_last_step_adds_no_noise_and_seeds_decide():
     assert max(x0.abs().max() for _, _, x0 in free) > 1
 
 
-@pytest.mark.parametrize("values", [dict(timesteps=1), dict(low=3.0, high=-3.0), dict(high=40.0), dict(low=-80.0)])
+@pytest.mark.parametrize("values", [dict(timesteps=1), dict(low=3.0, high=-3.0), dict(high=40.0), dict(low=-80.0),
+                                    dict(v=1.5)])
 def test_process_refuses_what_it_cannot_do(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         DDPM(**values)
