@@ -98,7 +98,8 @@ def arm(argv, name, seed):
     """Train one arm (or take it from an earlier call) and evaluate its bound; the same noise for all arms of a seed."""
     run = Run(__file__, argv)
     cfg, folder = run.config.reproduce, run.open_folder("claim")
-    own = [a for a in argv if a.split("=")[0].split(".")[0] in ("unet", "vdm", "train", "gpu", "device", "smoke")]
+    own = [a for a in argv if a.split("=")[0].split(".")[0] in ("unet", "schedule", "vdm", "train", "gpu", "device",
+                                                                 "smoke")]
     path = trained(train.main, folder / f"arm_{list(ARMS).index(name)}_{seed}", [
         *own, *ARMS[name], f"seed={seed}", f"steps={cfg.train_steps}", "preview_every=0",
         f"precision={cfg.precision}"], run.lesson)
