@@ -32,7 +32,20 @@ import torch
 import train
 from model import DDPM, UNet, error_by_time
 from sample import draw
-from utils import Run, Weights, cli, digits, figure, parallel, save_figure, trained, write_json
+from utils import (
+    Run,
+    Weights,
+    cli,
+    deviation,
+    digits,
+    figure,
+    parallel,
+    save_figure,
+    save_json,
+    seeded,
+    trained,
+    verdict,
+)
 
 
 def main(argv=None):
@@ -64,20 +77,6 @@ def main(argv=None):
     run.output(plot, claim, "claim.png")
     run.record("claim", **{k: v for k, v in claim.items() if k != "rows"})
     return claim
-
-
-def save_json(claim, path):
-    """claim.json."""
-    write_json(path, claim)
-    return path
-
-
-# Copied from lesson_05/reproduce.py: verdict
-def verdict(holds, cfg):
-    """One of the two verdicts, or none if there were too few seeds for one."""
-    if cfg.quick or cfg.smoke or cfg.seeds < 3:
-        return "no verdict from a quick look"
-    return "reproduced" if holds else "not reproduced at this scale"
 
 
 # ------------------------------------------------------------------ one arm
@@ -113,13 +112,13 @@ def measure(argv, what, p, seed):
     ddpm, net = run.place(DDPM(**weights.config["ddpm"]), weights.load(UNet(**weights.config["unet"])))
     seen, times = digits("train", 1, limit=images), [int((i + 0.5) * ddpm.timesteps / 10) for i in range(10)]
     n = min(cfg.eval_images, images)
-    by_time = {name: error_by_time(ddpm, net, x.to(run.device), times, torch.Generator().manual_seed(0)).tolist()
+    by_time = {name: error_by_time(ddpm, net, x.to(run.device), times, seeded(0)).tolist()
                for name, x in (("train", seen.first(n)[0]), ("test", digits("test").first(n)[0]))}
     row = {"what": what, "p": p, "seed": seed, **{name: statistics.mean(e) for name, e in by_time.items()},
            "times": times, "by_time": by_time, "curve": curve(path.parent / "metrics.jsonl")}
     row["gap"] = row["test"] - row["train"]
     if what in ("few", "long"):
-        x = draw(ddpm, net, cfg.n, min(cfg.sample_steps, ddpm.timesteps), torch.Generator().manual_seed(seed))
+        x = draw(ddpm, net, cfg.n, min(cfg.sample_steps, ddpm.timesteps), seeded(seed))
         ratios = {name: copy_ratio(pictures, seen.first(images)[0]) for name, pictures in
                   (("samples", x), ("digits", digits("test").first(2000)[0]))}
         row["copies"] = float((ratios["samples"] < ratios["digits"].quantile(0.01)).float().mean())
@@ -156,11 +155,6 @@ def ordered(rows, what, key, dropouts, falls):
     by_p = [of(rows, what, key, p) for p in dropouts]
     holds = all((a > b) if falls else (a < b) for one, other in zip(by_p, by_p[1:]) for a, b in zip(one, other))
     return holds, {str(p): {"mean": statistics.mean(v), "std": deviation(v)} for p, v in zip(dropouts, by_p)}
-
-
-def deviation(values):
-    """Standard deviation over the seeds; 0 for a single one."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def gap(rows, cfg):
@@ -232,7 +226,8 @@ def plot(claim, path):
     for p, line in colour.items():
         gaps = [[b - a for a, b in zip(row["by_time"]["train"], row["by_time"]["test"])]
                 for row in arm("few", every=True) if row["p"] == p]
-        by_t.plot(rows[0]["times"], [statistics.mean(g) for g in zip(*gaps)], f"{line}o-", ms=3, label=f"p = {p}")
+        if gaps:
+            by_t.plot(rows[0]["times"], [statistics.mean(g) for g in zip(*gaps)], f"{line}o-", ms=3, label=f"p = {p}")
         tests = [row["test"] for row in arm("all", every=True) if row["p"] == p]
         brief.plot([p] * len(tests), tests, f"{line}o")
     edges = [k / 40 for k in range(41)]
