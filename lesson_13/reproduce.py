@@ -286,8 +286,8 @@ def plot(claim, path):
             height = [row[key] for row in rows.values()]
             ax.bar(range(len(rows)), height, bottom=bottom, color=f"C{i}", label=key)
             bottom = [a + b for a, b in zip(bottom, height)]
-        ax.set_xticks(range(len(rows)), [name.replace(" ", "\n", 1) for name in rows], fontsize=8)
-        ax.set(ylabel="bits/dim", title=title)
+        ax.set_xticks(range(len(rows)), [name if "=" in name else name.replace(" ", "\n") for name in rows], fontsize=8)
+        ax.set(ylabel="bits/dim", title=title, ylim=(0, 1.35 * max(bottom)))
         ax.legend(fontsize=8)
     curves = {name: [row["error_of_eps"] for row in claim["arms"][name]]
               for name in ("learned ends", "n = 6, 7", "no features")} | {"published": [one["error_of_eps"]]}
@@ -296,7 +296,7 @@ def plot(claim, path):
         last.plot(at, [statistics.mean(row[str(value)] for row in rows) for value in at], style, ms=4,
                   label=name.replace("learned ends", "n = 2 to 7"))
     last.set(yscale="log", xlabel="gamma (left: little noise)", ylabel="squared error of eps",
-             title="(d) where the features help")
+             title="(d) where the noise is hard to tell")
     last.legend(fontsize=8)
     return save_figure(fig, path)
 
@@ -304,7 +304,9 @@ def plot(claim, path):
 def plot_interiors(content, path):
     """The interiors and what one draw of the loss is at each time: gamma(t) left, then a plot for each."""
     points, curves = content
-    fig, axes = figure(1, 1 + len(curves), width=3.2)
+    fig, axes = figure(2, 3, width=3.6)
+    axes = axes.flatten()
+    axes[-1].set_axis_off()
     for i, (name, curve) in enumerate(curves.items()):
         axes[0].plot(torch.linspace(0, 1, len(curve)), curve, color=f"C{i}", label=name)
         t, loss = points[name]
