@@ -237,8 +237,8 @@ def plane(run):
         for points, colour, label in ((z[0, :60], "C0", "start"), (z[-1, :60], "C3", "end, 100 steps")):
             ax.plot(*points.flatten(1).T, "o", ms=3, color=colour, label=label)
         ax.plot(*one.T, "x", ms=4, color="C2", label="end, 1 step")
-        ax.set(title=f"{name}: S = {result[name]['S']:.2f}", ylim=(-4, 4))
-    fig_axes[1][0].legend(fontsize=7, loc="center")
+        ax.set(title=f"{name}: S = {result[name]['S']:.2g}", ylim=(-4, 4))
+    fig_axes[1][0].legend(fontsize=7, loc="lower center", ncols=3)
     run.output(save_figure, fig_axes[0], "plane.png")
     return {**result, "random pairs": {"cost": float(transport_cost(z0, x1).mean())}}
 
