@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace as Space
 
 import pytest
 import torch
@@ -402,3 +403,38 @@ if __name__ == "__main__":
     import diffusers
 
     FIXTURE.write_text(json.dumps(make_fixture(diffusers), indent=0) + "\n")
+
+
+# ------------------------------------------------------------------ what decides the claims
+@pytest.mark.parametrize("wrong, holds", [((4, 4, 4), True), ((0, 0, 6), False), ((6, 0, 0), False)])
+def test_accuracy_is_judged_as_its_criterion_says(monkeypatch, wrong, holds):
+    # 100 images a sampling seed, of which `wrong` are not what was asked for; guided ones must not count.
+    reproduce = load(LESSON, "reproduce")
+
+    def judged(_, jobs, workers):
+        for _, seed, w in jobs:
+            digit = torch.arange(100) % 10
+            digit[:wrong[seed] if w == 1 else 100] += 1
+            yield digit, 0.5
+
+    monkeypatch.setattr(reproduce, "parallel", judged)
+    monkeypatch.setattr(reproduce, "floor", lambda n: 0.1)
+    config = Space(reproduce=Space(seeds=3, full_n=100, workers=1), sample=Space(steps=50))
+    got = reproduce.full(Space(config=config, argv=[]))
+    assert got["accuracy"]["holds"] == holds
+    assert got["accuracy"]["seeds"] == pytest.approx([1 - k / 100 for k in wrong])
+    assert [row["network_calls"] for row in got["guidance"]["weights"].values()] == [50, 50, 100, 100]
+
+
+def test_entropy_of_equal_weights_is_one():
+    reproduce, net = load(LESSON, "reproduce"), UNet(**SMALL).eval()
+    for layer in cross_attentions(net):
+        torch.nn.init.zeros_(layer.q.weight)
+    assert reproduce.heldout(DDPM(20), net, 10, 4, "cpu")["entropy"] == [1.0] * 4
+
+
+def test_training_withholds_the_class(monkeypatch, tmp_path):
+    train, seen = load(LESSON, "train"), []
+    monkeypatch.setattr(train, "given", lambda net, c: seen.append(c.clone()) or model.given(net, c))
+    train.main(["smoke=true", "drop=1.0", "preview_every=0", f"runs={tmp_path}"])
+    assert len(seen) == 6 and all((c == 10).all() for c in seen)

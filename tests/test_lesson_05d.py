@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace as Space
 
 import pytest
 import torch
@@ -331,3 +332,36 @@ if __name__ == "__main__":
     import diffusers
 
     FIXTURE.write_text(json.dumps(make_fixture(diffusers), indent=0) + "\n")
+
+
+# ------------------------------------------------------------------ what decides the claims
+class Keys(dict):
+    __getattr__ = dict.__getitem__
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e-6])
+def test_identity_is_measured(monkeypatch, shift):
+    reproduce = load(LESSON, "reproduce")
+
+    def moved(**shape):
+        net = UNet(**shape)
+        transformers(net)[0].leave.bias.data += shift
+        return net
+
+    monkeypatch.setattr(reproduce, "UNet", moved)
+    got = reproduce.identity(Space(config=Space(unet=Keys(SMALL | {"tokens": 4}))))
+    assert (got["largest_difference"] > 0) == (shift > 0) and got["holds"] == (shift == 0)
+
+
+def test_held_out_error_is_with_the_class_and_without():
+    # A network that knows the noise if it is told the class, and answers 0 if not.
+    reproduce, ddpm = load(LESSON, "reproduce"), model.DDPM(20)
+    x0, labels = reproduce.digits("test").first(4)
+
+    class Net(torch.nn.Module):
+        def forward(self, xt, t, c):
+            a, s = model.image(ddpm.abar[t].sqrt()), model.image((1 - ddpm.abar[t]).sqrt())
+            return (xt - a * x0) / s * model.image((c == labels).float())
+
+    got = reproduce.heldout(ddpm, Net(), 10, 4, "cpu")
+    assert got["error"] < 1e-4 and got["error_without_class"] == pytest.approx(1, abs=0.1)

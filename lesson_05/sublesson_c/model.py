@@ -136,7 +136,7 @@ def guided(net, c, null, w=1.0):
 class ClassTokens(nn.Module):
     """The context of a class: L learned tokens for each, and L for "no class", the last row of the table.
 
-    A learned null is a context like any other. Zeros would do only as long as keys and values have no bias.
+    A learned null is a context like any other. Zeros would leave W_O's bias alone, the same at every position.
     """
 
     def __init__(self, classes, tokens, dim):

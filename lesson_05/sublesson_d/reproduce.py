@@ -2,7 +2,7 @@
 
     python reproduce.py publish=true      all arms, three seeds; writes results/claim.json and results/claim.png
     python reproduce.py quick=true        a look at it, no verdict
-    python reproduce.py unet.depth=2      other values for all arms; without publish=true to runs/claim
+    python reproduce.py unet.tokens=8     other values for all arms; without publish=true to runs/claim
 
 No paper makes these claims; they are the lesson's own, written down before the numbers. The arms: the transformer
 block; lesson 05c's layers (self-attention, cross-attention) in the same place; and lesson 05c's layers in as many
