@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -468,6 +469,110 @@ def test_network_is_lesson_05s_with_another_end():
 def test_process_refuses_what_it_does_not_know(values):
     with pytest.raises(ValueError):
         IDDPM(**values)
+
+
+# ------------------------------------------------------------------ what decides the claims
+reproduce = load("lesson_09", "reproduce")
+
+
+def test_below_asks_for_every_seed_and_three_pooled_deviations():
+    assert reproduce.below([1.0, 2.0, 3.0], [4.1, 5.1, 6.1])                    # deviation 1, distance 3.1
+    assert not reproduce.below([1.0, 2.0, 3.0], [3.9, 4.9, 5.9])                # distance 2.9
+    assert not reproduce.below([4.1, 5.1, 6.1], [1.0, 2.0, 3.0])
+    assert not reproduce.below([1.0, 1.0, 1.2], [1.9, 1.9, 1.1])                # one seed the other way
+
+
+@pytest.mark.parametrize("change, broken", [
+    ({}, None),
+    ({"L_vlb, importance": dict(bits=1.95)}, "bits: importance < hybrid"),
+    ({"L_simple": dict(bits=1.85)}, "bits: hybrid < simple"),
+    ({"L_vlb, importance": dict(fid=3.0)}, "FID: hybrid < importance"),
+])
+def test_rule_of_claim_a(change, broken):
+    base = {"L_simple": dict(bits=2.0, fid=3.0), "L_hybrid": dict(bits=1.9, fid=3.0), "L_vlb": dict(bits=1.8, fid=9.0),
+            "L_vlb, importance": dict(bits=1.7, fid=5.0)}
+    rows = {}
+    for arm, values in base.items():
+        values = values | change.get(arm, {})
+        for seed in range(3):
+            bits = {"learned": values["bits"] + 0.01 * seed}
+            if arm == "L_simple":                      # the better of its two fixed variances counts
+                bits = {"small": bits["learned"], "large": bits["learned"] + 0.3}
+            rows[arm, seed] = {"bits": bits, "errors": dict.fromkeys(bits, 0.03), "fid": values["fid"] + 0.1 * seed}
+    result = reproduce.likelihood(rows, SimpleNamespace(seeds=3))
+    assert [name for name, ok in result["order"].items() if not ok] == ([broken] if broken else [])
+    assert result["holds"] == (broken is None)
+    assert result["arms"]["L_hybrid"]["bits"] == pytest.approx([1.9, 1.91, 1.92])
+
+
+CLAIM = SimpleNamespace(seeds=3, counts=[10, 25, 50], long=[100, 1000], sample_steps=50, skip=0.2)
+
+
+@pytest.mark.parametrize("change, broken", [
+    ({}, None),
+    ({("learned", 25): 4.6}, "learned stays within 1.5 of its end"),
+    ({("learned", 50): 4.6, ("large", 50): 5.5}, "learned stays within 1.5 of its end"),
+    ({("large", 1000): 3.6}, "beta at twice its end"),
+    ({("large", 50): 3.2}, "beta above learned"),
+    ({("learned", 10): 40.0}, None),                   # 10 steps and 100 decide nothing
+    ({("large", 100): 1.0}, None),
+])
+def test_rule_of_claim_b(change, broken):
+    mean = {("learned", 10): 6.0, ("learned", 25): 3.5, ("learned", 50): 3.1, ("large", 10): 20.0, ("large", 25): 7.0,
+            ("large", 50): 4.0, ("large", 1000): 3.0} | change
+    fids = {job: mean.get(job[1:3], 3.0) + 0.1 * job[4] for job in reproduce.sampling_jobs(CLAIM)}
+    result = reproduce.few_steps(fids, CLAIM)
+    assert [name for name, ok in result["order"].items() if not ok] == ([broken] if broken else [])
+    assert result["holds"] == (broken is None)
+    assert [len(values) for values in result["fid"]["learned"].values()] == [3, 3, 3, 1, 1]
+
+
+def test_rule_of_claim_c():
+    noise = [{"uniform": dict(trace=a, mean2=1.0), "importance": dict(trace=b, mean2=1.0)}
+             for a, b in ((800.0, 10.0), (1000.0, 10.0), (1250.0, 10.0))]
+    result = reproduce.noise_scale(noise)
+    assert result["holds"] and result["ratio"] == pytest.approx(100)            # the geometric mean
+    assert not reproduce.noise_scale([{"uniform": r["importance"], "importance": r["uniform"]} for r in noise])["holds"]
+    noise[1]["uniform"] = dict(trace=9.0, mean2=1.0)                            # one seed the other way
+    assert not reproduce.noise_scale(noise)["holds"]
+
+
+def test_gradient_noise_is_the_trace_of_one_images_covariance(tmp_path, monkeypatch):
+    # Gradients of known noise: 3 numbers of mean 2 and deviation 5 an image, so trace 75 and |mean|^2 12.
+    weight = torch.nn.Linear(3, 1, bias=False)
+
+    def loss(net, x0, sampler):
+        scale = 5.0 if sampler is None else 0.5
+        return (net.weight[0] * (2 + scale * torch.randn(len(x0), 3)).mean(0)).sum()
+
+    monkeypatch.setattr(reproduce, "network", lambda *_, **__: (SimpleNamespace(timesteps=5, loss=loss), weight))
+    monkeypatch.setattr(reproduce.train, "fill", lambda *_: None)
+    result = reproduce.gradient_noise(
+        ["smoke=true", "device=cpu", "threads=1", "batches=800", "batch_size=16", f"runs={tmp_path}"], 0)
+    assert result["uniform"]["trace"] == pytest.approx(75, rel=0.1)
+    assert result["importance"]["trace"] == pytest.approx(0.75, rel=0.1)
+    assert result["uniform"]["mean2"] == pytest.approx(12, rel=0.1)
+
+
+@pytest.mark.parametrize("change, broken", [
+    ({}, []),
+    ({("cosine", 0.2): 3.2}, ["cosine rises"]),
+    ({("linear", 0.2): 4.0}, ["linear hardly rises"]),
+    ({("linear", 0.2): 9.5}, ["linear hardly rises", "linear rises less"]),
+])
+def test_rule_of_claim_d(change, broken):
+    mean = {("cosine", 0.0): 3.0, ("cosine", 0.2): 9.0, ("linear", 0.0): 3.0, ("linear", 0.2): 3.1} | change
+    fids = {job: mean[job[0], job[3]] + 0.1 * job[4] for job in reproduce.sampling_jobs(CLAIM)}
+    result = reproduce.skipping(fids, CLAIM)
+    assert [name for name, ok in result["order"].items() if not ok] == broken and result["holds"] == (not broken)
+
+
+def test_every_job_is_drawn_once_and_nothing_is_missing():
+    jobs = reproduce.sampling_jobs(CLAIM)
+    assert len(jobs) == len(set(jobs)) and [job[2] for job in jobs] == sorted((job[2] for job in jobs), reverse=True)
+    assert all(("cosine", v, steps, 0.0, seed) in jobs for v in reproduce.VARIANCES for steps in (10, 25, 50)
+               for seed in range(3))
+    assert {job[1] for job in jobs if job[2] == 1000} == {"learned", "large"}
 
 
 # ------------------------------------------------------------------ diffusers
