@@ -1,7 +1,7 @@
 """Train the score of an SDE on MNIST: Eq. (7) on continuous times.
 
     python train.py                          the VP network, from lesson 05's weights
-    python train.py sde.kind=ve              the VE network; also subvp
+    python train.py sde.kind=ve log_share=0  the VE network; also subvp
     python train.py start= steps=9000        from random weights; --help lists all keys
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model

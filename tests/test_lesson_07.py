@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -434,6 +435,74 @@ def test_below_needs_every_seed_and_three_deviations():
     below = load("lesson_07", "reproduce").below
     assert below([1.0, 1.1, 1.2], [2.0, 2.1, 2.2]) and not below([1.0, 1.1, 2.1], [2.0, 2.1, 2.05])
     assert not below([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]) and not below([2.0, 2.1, 2.2], [1.0, 1.1, 1.2])
+
+
+def decide(monkeypatch, name, rows, **values):
+    """What the claim called `name` says when its measurements, in the order of the jobs, are these rows."""
+    reproduce = load("lesson_07", "reproduce")
+    config = dict(seeds=3, workers=1, batch=2, calls=3, other_calls=[5], n=2, long_n=2, long=9, ode_tol=0.1,
+                  likelihood_tol=0.1, tolerances=[0.1, 0.01]) | values
+    run = SimpleNamespace(config=SimpleNamespace(reproduce=SimpleNamespace(**config)), argv=[], say=lambda _: None)
+    monkeypatch.setattr(reproduce, "parallel", lambda function, jobs, workers: rows[:len(jobs)])
+    return getattr(reproduce, name)(run)
+
+
+def test_claim_a_needs_the_exact_value_and_no_bias(monkeypatch):
+    # The likelihoods of the three SDEs are measured once; then errors are added to what was measured.
+    reproduce, real, cache = load("lesson_07", "reproduce"), SDE.log_likelihood, {}
+    off = {"trace": 0.0, "probes": 0.0, "kind": "VE"}
+
+    def likelihood(self, net, x, v, rtol, atol):
+        key = type(self).__name__, len(x)
+        if key not in cache:
+            cache[key] = real(self, net, x, v, rtol, atol)[0]
+        return cache[key] + off["trace" if len(x) == 64 else "probes"] * (key[0] == off["kind"]), None
+
+    monkeypatch.setattr(reproduce.VE.__base__, "log_likelihood", likelihood)
+    for trace, probes, holds in ((0, 0, True), (2e-3, 0, False), (-2e-3, 0, False), (0, 50, False), (0, -50, False)):
+        off |= {"trace": trace, "probes": probes}
+        assert decide(monkeypatch, "exact", [], seeds=1, probes=20)["holds"] is holds
+
+
+def test_claim_b_needs_every_set_and_three_standard_errors(monkeypatch):
+    def row(*gaps):
+        return {"ode": [1.0] * len(gaps), "bound": [1 + gap for gap in gaps], "calls": 9, "L_0": 0.5}
+
+    clear, wide, below = row(0.1, 0.2, 0.15, 0.17), row(-0.5, 0.9, 0.1, 0.2), row(-0.1, -0.2, -0.15, -0.17)
+    found = decide(monkeypatch, "bits", [clear] * 3)
+    assert found["holds"] and found["images"] == 12 and found["sets"][0]["gap"] == pytest.approx(0.155)
+    assert found["sets"][0]["gap_error"] == pytest.approx(0.0420317 / 2, rel=1e-4)
+    for other in (wide, below):
+        assert not decide(monkeypatch, "bits", [clear, clear, other])["holds"]
+
+
+@pytest.mark.parametrize("fids, holds", [((3.0, 9.0, 1.0), True), ((1.0, 9.0, 3.0), False), ((3.0, 1.0, 2.0), False)])
+def test_claim_c_needs_both_arms_to_be_beaten(monkeypatch, fids, holds):
+    # Jobs: seeds of (predictor, corrector, both), then the other numbers of calls and VP, which do not decide.
+    def rows(fids, calls):
+        return [{"fid": fid, "fid_low": fid, "calls": calls, "x": None} for fid in fids]
+
+    jobs = [row for shift in (0.0, 0.1, 0.2) for row in rows([fid + shift for fid in fids], 3)]
+    found = decide(monkeypatch, "arms", jobs + rows(fids[::-1], 5) + rows(fids[::-1], 3))
+    assert found["holds"] is holds
+    assert found["table"]["both"]["fid"] == pytest.approx([fids[2] + shift for shift in (0.0, 0.1, 0.2)])
+    assert found["by_calls"]["ve"]["predictor"]["5"]["fid"] == fids[2] == found["by_calls"]["vp"]["predictor"]["3"]["fid"]
+
+
+def test_claim_d_needs_a_near_fid_and_few_calls(monkeypatch):
+    def holds(shift, calls):
+        rows = [{"fid": fid, "fid_low": fid, "calls": 1000} for fid in (3.0, 3.1, 3.2)]      # a deviation of 0.1
+        rows += [{"fid": row["fid"] + shift, "fid_low": 0.0, "calls": n} for row, n in zip(rows, calls)]
+        return decide(monkeypatch, "ode", rows)["holds"]
+
+    assert holds(0.25, (100, 110, 200)) and holds(-1.0, (100, 110, 120))
+    assert not holds(0.35, (100, 110, 120)) and not holds(0.0, (100, 110, 201))
+
+
+def test_claim_e_needs_a_falling_error_below_half_a_grey_level(monkeypatch):
+    for rms, holds in (((0.1, 0.0038), True), ((0.1, 0.0040), False), ((0.001, 0.0038), False)):
+        rows = [{"rms": [0.1, 0.001]}, {"rms": [0.1, 0.001]}, {"rms": list(rms)}]
+        assert decide(monkeypatch, "identity", rows)["holds"] is holds
 
 
 def test_few_steps_stop_a_step_before_the_end():
