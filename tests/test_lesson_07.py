@@ -486,7 +486,8 @@ def test_claim_c_needs_both_arms_to_be_beaten(monkeypatch, fids, holds):
     found = decide(monkeypatch, "arms", jobs + rows(fids[::-1], 5) + rows(fids[::-1], 3))
     assert found["holds"] is holds
     assert found["table"]["both"]["fid"] == pytest.approx([fids[2] + shift for shift in (0.0, 0.1, 0.2)])
-    assert found["by_calls"]["ve"]["predictor"]["5"]["fid"] == fids[2] == found["by_calls"]["vp"]["predictor"]["3"]["fid"]
+    others = found["by_calls"]
+    assert others["ve"]["predictor"]["5"]["fid"] == others["vp"]["predictor"]["3"]["fid"] == fids[2]
 
 
 def test_claim_d_needs_a_near_fid_and_few_calls(monkeypatch):
