@@ -77,7 +77,7 @@ def main(argv=None):
     run.output(save_strip, [row for arm in ARMS for row in rows[arm][0]["x"]], "few.png")
     run.output(plot_paths, None, "paths.png")
     run.output(plot_densities, None, "densities.png")
-    run.record("claim", minutes=claim["minutes"], n=cfg.n, **{
+    run.record("claim", minutes=claim["minutes"], n=cfg.n, verdicts={
         name: claim[name]["verdict"] for name in ("calls", "bits", "fid")})
     return claim
 
