@@ -77,7 +77,7 @@ def main(argv=None):
     run.output(save_strip, [row for arm in ARMS for row in rows[arm][0]["x"]], "few.png")
     run.output(plot_paths, None, "paths.png")
     run.output(plot_densities, None, "densities.png")
-    run.record("claim", minutes=claim["minutes"], n=cfg.n, **{
+    run.record("claim", minutes=claim["minutes"], n=cfg.n, verdicts={
         name: claim[name]["verdict"] for name in ("calls", "bits", "fid")})
     return claim
 
@@ -246,14 +246,21 @@ def plot(claim, path):
         middle.errorbar([i + 0.1 * k for k in range(len(values))], values, claim["bits"]["standard_error"][arm],
                         fmt="o", color=f"C{i}", ms=4, capsize=3)
     left.set(xscale="log", yscale="log", xlabel="tolerance of dopri5", ylabel="network calls", title="(a) calls")
-    middle.set(xticks=[0.1, 1.1, 2.1], xticklabels=list(ARMS), ylabel="bits/dim (bar: error of the mean of images)",
-               title="(b) likelihood")
+    middle.set(xticks=[0.1, 1.1, 2.1], xticklabels=list(ARMS), ylabel="bits/dim", title="(b) likelihood")
     right.axhline(claim["floor"], color="grey", ls=":", lw=1)
     right.set(yscale="log", xlabel="training steps", ylabel=f"FID (n = {claim['n']}; dotted: floor)", title="(c) FID")
+    ticks(left.yaxis, (20, 50, 100, 200, 500))
+    ticks(right.yaxis, (0.5, 1, 2, 5, 10, 20, 50))
     left.legend()
     for ax in (left, middle, right):
         ax.grid(alpha=0.3)
     return save_figure(fig, path)
+
+
+def ticks(axis, places):
+    """Plain numbers on a logarithmic axis."""
+    axis.set_ticks(places, [f"{place:g}" for place in places])
+    axis.set_ticks([], minor=True)
 
 
 def plot_calls(claim, path):
@@ -272,6 +279,8 @@ def plot_calls(claim, path):
         right.loglog([int(n) for n in row], list(row.values()), "o-", color=f"C{i}", label=name)
     left.set(xlabel="tolerance of dopri5", ylabel="network calls")
     right.set(xlabel="network calls of the midpoint method", ylabel="distance to dopri5 (RMS)")
+    ticks(left.yaxis, (20, 50, 100, 200, 500))
+    ticks(right.xaxis, FEW)
     for ax in (left, right):
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
