@@ -309,11 +309,16 @@ def vdm_float64(vdm):
 
 def test_with_a_finite_T_all_of_gamma_descends_the_bound():
     net = Toy(bent(gamma_0=-3.0, gamma_1=2.0)).double()
-    vdm, x, eps = VDM(4), draw_gaussian(2).double(), torch.randn(2, 1, 8, 8, dtype=torch.float64)
-    loss = vdm.diffusion(net, x, real(0.3, 0.8), eps).mean()
-    first = gradients(loss, [net.schedule.l3, net.schedule.low])
-    (2 * loss).backward()
-    assert torch.allclose(net.schedule.l3.grad, 2 * first[0]) and torch.allclose(net.schedule.low.grad, 2 * first[1])
+    vdm, x, eps = vdm_float64(VDM(4)), draw_gaussian(2).double(), torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    names, parameters = zip(*net.named_parameters())
+    u, _, low, high = net(t=real(0.5, 1.0, 0.25, 0.75))                     # 0.3 and 0.8 end their steps at 2/4 and 4/4
+    gamma, gamma_s = (low + (high - low) * u).chunk(2)                       # L written out, without hooks
+    error = (eps - net(vdm.q_sample(x, gamma, eps), gamma)).square().flatten(1).mean(1) / math.log(2)
+    L = 0.5 * 4 * torch.expm1(gamma - gamma_s) * error
+    got = vdm.diffusion(net, x, real(0.3, 0.8), eps)
+    assert torch.allclose(got, L)
+    for name, ours, expected in zip(names, gradients(got.mean(), parameters), gradients(L.mean(), parameters)):
+        assert torch.allclose(ours, expected, rtol=1e-6, atol=1e-10), name
 
 
 def test_descending_the_square_lowers_the_variance_and_keeps_the_mean():
