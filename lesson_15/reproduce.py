@@ -84,7 +84,7 @@ def main(argv=None):
     run.output(plot_difference, claim, "difference.png")
     run.output(plot_mixture, run, "mixture.png")
     run.output(save_grid, same_noise(run), "weights.png", columns=10)
-    run.record("claim", minutes=claim["minutes"], n=cfg.n, **{
+    run.record("claim", minutes=claim["minutes"], n=cfg.n, verdicts={
         name: claim[name]["verdict"] for name in ("fid", "trade", "saturation", "dropping", "mixture")})
     return claim
 
