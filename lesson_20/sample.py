@@ -77,7 +77,7 @@ def figures(run, edm, net):
     y = y + sigma[:, None, None, None] * torch.randn(y.shape, generator=run.generator(2)).to(run.device)
     clean = edm.to_image(edm.denoise(net, y, sigma))
     run.output(save_strip, [scaled(edm, y, sigma[:, None, None, None]), clean], "denoised.png", scale=3)
-    rows = [draw(edm, net, 12, run.settings.seed, 12, edm.levels(40), churn=churn) for churn in (0.0, 5.0, 20.0, 80.0)]
+    rows = [draw(edm, net, 12, run.settings.seed, 12, edm.levels(40), churn=churn) for churn in (0.0, 1.0, 4.0, 16.0)]
     run.output(save_strip, rows, "churn.png")
 
 
