@@ -354,7 +354,8 @@ def execute(root: Path, lesson: str, smoke: bool = False) -> Path:
             mirror(root, lesson, Path(scratch, "copy"))
             Path(scratch, "tmp").mkdir()
             folder = Path(scratch, "copy", lesson)
-            environment |= {"SMOKE": "1", "TMPDIR": f"{scratch}/tmp"}
+            # One thread: tiny runs beside other processes wait for threads longer than they compute.
+            environment |= {"SMOKE": "1", "TMPDIR": f"{scratch}/tmp", "OMP_NUM_THREADS": "1"}
         run_cells(notebook, folder, environment, lambda cell: f"{lesson}/README.md:{lines[cell.id]}")
     if not smoke:
         clean(notebook, root)
