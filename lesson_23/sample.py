@@ -1,0 +1,74 @@
+"""Draw the digits you ask for, with guidance.
+
+    python sample.py                                     six of each digit, from your newest weights or the published
+    python sample.py labels=7 guidance=3                 sevens, guided; labels=3,1,4 in turn; labels=none: no class
+    python sample.py gif=denoising.gif npz=samples.npz   the way there as an animation; images and labels as arrays
+    python sample.py n=2048 metrics=true                 accuracy, FID and the other scores
+"""
+
+import time
+
+import torch
+
+from model import DDPM, DiT, guided
+from utils import Run, UserError, cli, report, save_gif, save_grid, save_npz, score
+
+
+def main(argv=None):
+    run = Run(__file__, argv)
+    cfg = run.config.sample
+    ddpm, net, null = load(run, run.weights())
+    c, times = wanted(cfg.labels, cfg.n, null).to(run.device), ddpm.times(cfg.steps)
+
+    start = time.perf_counter()
+    x = draw(ddpm, net, c, null, times, cfg.guidance, run.generator(), cfg.clip, cfg.batch)
+    seconds, calls = time.perf_counter() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
+    run.output(save_grid, x[:60], "samples.png", columns=10)
+    print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
+    if cfg.npz:
+        run.output(save_npz, x, cfg.npz, labels=c)
+    if cfg.gif:
+        eps = guided(net, c[:10], torch.full_like(c[:10], null), cfg.guidance)
+        xT = torch.randn(len(c[:10]), 1, 28, 28, generator=run.generator(1)).to(run.device)
+        path = [torch.cat([x_s, x_0]).cpu() for _, x_s, x_0 in ddpm.reverse(eps, xT, times, cfg.clip, run.generator(2))]
+        shown = sorted({round(i) for i in torch.linspace(0, len(path) - 1, 30).tolist()})
+        run.output(save_gif, [path[i] for i in shown], cfg.gif, columns=len(c[:10]))
+    if cfg.metrics:
+        asked = cfg.guidance != 0 and bool((c != null).all())
+        scores = score(x, c if asked else None)
+        print(report(scores))
+        name = f"sample_{cfg.steps}" + f"_w{cfg.guidance:g}" * (cfg.guidance != 1)
+        run.record(name, nfe=calls, seconds=round(seconds, 1), guidance=cfg.guidance, **scores)
+    return x
+
+
+# Adapted from lesson_15/sample.py: load -- a DiT, whose variance is learned
+def load(run, weights):
+    """Process, network and the number of "no class" of a weights file, which carries their configuration."""
+    dit, ddpm = weights.config["dit"], DDPM(**weights.config["ddpm"])
+    return *run.place(ddpm, weights.load(DiT(**dit))), dit["classes"]
+
+
+# Copied from lesson_05/sublesson_c/sample.py: wanted
+def wanted(labels, n, null):
+    """The key `labels` as n classes, (n,): "7", "3,1,4" in turn, "" all in turn, "none" the class `null`."""
+    if labels == "none":
+        return torch.full((n,), null)
+    try:
+        asked = [int(label) for label in labels.split(",")] if labels else list(range(null))
+    except ValueError:
+        asked = [-1]
+    if not all(0 <= label < null for label in asked):
+        raise UserError(f"labels={labels} must be digits from 0 to {null - 1}, as in labels=3,1,4, or none")
+    return torch.tensor(asked).repeat(-(-n // len(asked)))[:n]
+
+
+# Copied from lesson_15/sample.py: draw
+def draw(ddpm, net, c, null, times, w, generator, clip=True, batch=128):
+    """An image of every class in c (n,), in batches: (n, 1, 28, 28)."""
+    return torch.cat([ddpm.sample(guided(net, part, torch.full_like(part, null), w), len(part), times, clip=clip,
+                                  generator=generator) for part in c.split(batch)])
+
+
+if __name__ == "__main__":
+    cli(main)
