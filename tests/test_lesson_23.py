@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import load
 
@@ -355,6 +356,51 @@ def test_two_images_can_be_learned_by_their_class():
         loss.backward()
         optimizer.step()
     assert loss < 0.02 and F.mse_loss(net(xt, t, 1 - c)[:, :1], eps) > 10 * loss
+
+
+# ------------------------------------------------------------------ what reproduce.py counts and calls a result
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim, depth, patch", [(16, 2, 4), (32, 3, 7)])
+def test_gflops_are_those_of_torchs_counter(kind, dim, depth, patch):
+    net = DiT(dim, depth, 2, patch, kind)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(1, 1, 28, 28), times(1), times(2))
+    expected = load("lesson_23", "reproduce").gflops(dim, depth, patch, kind)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(expected, rel=1e-9)           # it counts both operations
+
+
+@pytest.mark.parametrize("dim, depth, expected", [
+    (384, 12, (0.36, 1.41, 6.06)), (768, 12, (1.42, 5.56, 23.01)), (1024, 24, (5.01, 19.70, 80.71)),
+    (1152, 28, (7.39, 29.05, 118.64))])
+def test_gflops_of_the_papers_sizes(dim, depth, expected):
+    # S, B, L and XL with patches of 8, 4 and 2 on 32 x 32 x 4 latents, reported as: a multiply-add counts as one.
+    gflops = load("lesson_23", "reproduce").gflops
+    found = [gflops(dim, depth, patch, side=32, channels=4) for patch in (8, 4, 2)]
+    assert found == pytest.approx(expected, abs=0.006, rel=5e-4)
+
+
+def test_spearman():
+    spearman = load("lesson_23", "reproduce").spearman
+    assert spearman([1.0, 2.0, 3.0, 4.0], [9.0, 7.0, 5.0, 1.0]) == pytest.approx(-1)
+    x, y = [0.3, 5.0, 1.0, 2.0, 4.0], [3.0, 1.0, 2.0, 9.0, 5.0]                           # ranks 0 4 1 2 3, 2 0 1 4 3
+    assert spearman(x, y) == pytest.approx(1 - 6 * (4 + 16 + 0 + 4 + 0) / (5 * 24))
+
+
+def test_sizes_are_judged_as_the_criterion_says():
+    scaling = load("lesson_23", "reproduce").scaling
+    rows = {f"4/{i}": {"gflops": i, "fid": [10.0 - i, 20.0 - i, 10.0 - i]} for i in range(1, 6)}
+    assert scaling(rows)["holds"] and scaling(rows)["spearman"] == pytest.approx([-1] * 3)
+    rows["4/1"]["fid"][1] = 0.0                                                           # in one seed
+    assert not scaling(rows)["holds"]
+
+
+@pytest.mark.parametrize("fids, holds", [
+    ([(1, 1.1, 1.2), (2, 2.1, 2.2), (3, 3.1, 3.2), (4, 4.1, 4.2)], True),
+    ([(1, 1.1, 1.2), (3, 3.1, 3.2), (2, 2.1, 2.2), (4, 4.1, 4.2)], False),                # another order
+    ([(1, 1.1, 1.2), (2, 2.1, 2.2), (2.2, 2.4, 2.3), (4, 4.1, 4.2)], False)])             # too small a gap
+def test_kinds_are_judged_as_the_criterion_says(fids, holds):
+    result = load("lesson_23", "reproduce").order({kind: {"fid": list(fid)} for kind, fid in zip(KINDS, fids)})
+    assert result["holds"] == holds and result["adaln-zero < in-context"]
 
 
 # ------------------------------------------------------------------ diffusers
