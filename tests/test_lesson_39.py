@@ -239,6 +239,10 @@ def test_calls_are_calls_of_the_network():
         asked.clear()
         _, calls = flow.sample(lambda x, t: asked.append(t) or net(x, t), torch.randn(3, 1, 2, 2), solver, 5, 1e-3)
         assert calls == len(asked) and all(t.shape == (3,) for t in asked)
+    asked.clear()
+    x = torch.randn(3, 1, 2, 2)
+    _, _, calls = flow.log_likelihood(lambda x, t: asked.append(t) or net(x, t), x, model.signs(x), 1e-3)
+    assert calls == len(asked)
     loose, tight = (flow.sample(net, torch.randn(3, 1, 2, 2), tolerance=tol)[1] for tol in (1e-2, 1e-5))
     assert tight > loose
 
@@ -262,6 +266,18 @@ def test_times_give_the_way():
         way, _ = flow.sample(Gaussian(flow), eps, solver, 4, times=times)
         assert way.shape == (5, 3, 1, 2, 2) and torch.equal(way[0], eps)
         assert torch.allclose(way[-1], flow.sample(Gaussian(flow), eps, solver, 4)[0], atol=1e-4)
+
+
+def test_state_and_time_of_the_solver_are_float64():
+    # In float32 the last time of the VP path, 1 - 1e-5, would be known to two digits of what is left.
+    flow, seen = FlowMatching("vp"), []
+    velocity = flow.velocity
+    flow.velocity = lambda net, x, t: seen.append(t) or velocity(net, x, t)
+    eps = torch.randn(2, 1, 2, 2)
+    flow.sample(Gaussian(flow), eps, tolerance=1e-3)
+    flow.log_likelihood(Gaussian(flow), eps, model.signs(eps), 1e-3)
+    assert {t.dtype for t in seen} == {torch.float64}
+    assert min((1 - t).min().item() for t in seen) == pytest.approx(1e-5, rel=1e-6)
 
 
 # ------------------------------------------------------------------ likelihood and bits
@@ -354,6 +370,81 @@ def test_network_time_tells_neighbours_apart():
 def test_what_it_does_not_know_is_refused(call, what):
     with pytest.raises(ValueError, match=what):
         call()
+
+
+# ------------------------------------------------------------------ the scripts: what they train on, draw and measure
+def test_training_images_are_densities(tmp_path, monkeypatch):
+    # On grey levels the likelihood has no bound: every batch must be spread over the bins before the loss sees it.
+    train, seen = load("lesson_39", "train"), []
+    loss = train.FlowMatching.loss
+    monkeypatch.setattr(train.FlowMatching, "loss", lambda self, net, x0: seen.append(x0) or loss(self, net, x0))
+    train.main(["smoke=true", "steps=2", "threads=1", "device=cpu", "preview_every=0", f"runs={tmp_path}"])
+    for x0 in seen:
+        bins = (x0 + 1) * 128
+        assert bins.min() >= 0 and bins.max() < 256
+        assert (bins - bins.floor()).mean().item() == pytest.approx(0.5, abs=0.02)
+    assert len(seen) == 2
+
+
+def test_samples_are_grey_levels_and_keep_their_order():
+    sample, flow, eps = load("lesson_39", "sample"), FlowMatching(), torch.randn(5, 1, 2, 2)
+    x, calls = sample.draw(flow, lambda x, t: 0 * x, eps, 2, "euler", 3, 1e-3)
+    assert torch.equal(x, model.quantise(eps)) and calls == 3
+
+
+def test_bits_of_test_images_with_the_same_noise_every_time():
+    # A flow that stands still: the bits are those of the dequantised images under the unit Gaussian.
+    likelihood, flow = load("lesson_39", "sample").likelihood, FlowMatching()
+    x0 = (torch.arange(3 * 784.0) % 256 / 127.5 - 1).reshape(3, 1, 28, 28)
+    bits, _ = likelihood(flow, lambda x, t: 0 * x, x0, 1e-3)
+    x = model.dequantise(x0, torch.Generator().manual_seed(0))
+    expected = x.square().flatten(1).mean(1) / (2 * math.log(2)) + 0.5 * math.log2(2 * math.pi) + 7
+    assert torch.allclose(bits, expected, atol=1e-4)
+    assert torch.equal(bits, likelihood(flow, lambda x, t: 0 * x, x0, 1e-3)[0])
+
+
+@pytest.mark.parametrize("path", ["ot", "vp"])
+def test_exact_field_of_images_is_that_of_points(path):
+    torch.manual_seed(0)
+    flow, images = FlowMatching(path), torch.randn(5, 1, 28, 28)
+    x, time = 0.3 * torch.randn(4, 1, 28, 28), 1000 * double(0.05, 0.2, 0.5, 0.8)
+    exact = load("lesson_39", "reproduce").Exact(flow, images)
+    assert torch.allclose(exact(x, time), Points(flow, images)(x, time), rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------ the claim's arithmetic, on made-up rows
+def rows(calls=(480, 310, 250), bits=(3.7, 3.8, 3.5), fid=((60, 45, 30), (40, 22, 14))):
+    """Three seeds of each arm, apart by a little; the FID after 160 and after 320 steps."""
+    return {arm: [{"calls": calls[i] + seed, "calls_by_tolerance": {"1e-05": calls[i] + seed},
+                   "bits": bits[i] + 0.01 * seed, "bits_error": 0.04, "bits_calls": 100,
+                   "fid": {str(160 * (k + 1)): of_step[i] + 0.1 * seed for k, of_step in enumerate(fid)}}
+                  for seed in range(3)] for i, arm in enumerate(("SM", "FM-VP", "FM-OT"))}
+
+
+def test_below_wants_every_seed_and_three_deviations():
+    below = load("lesson_39", "reproduce").below
+    assert below([1.0, 1.1, 1.2], [2.0, 2.1, 2.2]) and not below([2.0, 2.1, 2.2], [1.0, 1.1, 1.2])
+    assert not below([1.0, 1.1, 2.3], [2.0, 2.1, 2.2])                           # one seed disagrees
+    assert not below([1.0, 1.4, 1.8], [1.9, 2.3, 2.7])                           # 2.25 deviations
+
+
+@pytest.mark.parametrize("what, change, holds", [
+    ("calls", {}, True), ("calls", {"calls": (480, 200, 250)}, True),            # FM-VP has no part in (a)
+    ("calls", {"calls": (480, 310, 388)}, False),                                # 0.808 of the calls
+    ("bits", {}, True), ("bits", {"bits": (3.7, 3.51, 3.5)}, False), ("bits", {"bits": (3.4, 3.8, 3.5)}, False),
+    ("fid", {}, True), ("fid", {"fid": ((60, 29, 30), (40, 22, 14))}, False),    # not the lowest after 160 steps
+    ("fid", {"fid": ((60, 45, 30), (40, 14.2, 14))}, False),                     # the lead at the end is too small
+    ("fid", {"fid": ((60, 45, 30), (14.2, 22, 14))}, False),                     # whichever arm is second
+])
+def test_claims_are_judged_as_the_criteria_say(what, change, holds):
+    reproduce = load("lesson_39", "reproduce")
+    assert getattr(reproduce, f"{what}_table")(rows(**change))["holds"] == holds
+
+
+def test_one_seed_above_four_fifths_of_the_calls_is_enough_to_fail():
+    made = rows()
+    made["FM-OT"][1]["calls"] = 390                                         # of 481; the means stay far apart
+    assert not load("lesson_39", "reproduce").calls_table(made)["holds"]
 
 
 # ------------------------------------------------------------------ torchcfm and flow_matching
