@@ -4,7 +4,7 @@
     python sample.py prompt="a thick seven leaning right"   what you like; ";" between several captions
     python sample.py guidance=1 model=teacher               other weights (1 to 6); before distillation, two passes
     python sample.py gif=denoising.gif npz=samples.npz      the way there; images and digits as arrays
-    python sample.py n=2048 metrics=true                    how the captions of test images are followed; FID
+    python sample.py n=2048 metrics=true                    FID; how the captions of test images are followed
 """
 
 import time
@@ -26,7 +26,7 @@ def main(argv=None):
     flow, net, words = loaded(run, run.weights().path, cfg.model)
     texts = [text.strip() for text in cfg.prompt.split(";")] if cfg.prompt else GRID
     if cfg.metrics and not cfg.prompt:
-        texts = [said[0] for said in captioned("test", limit=cfg.n, without_held_out=False).captions]
+        texts = [said[0] for said in captioned("test", 1, limit=cfg.n, without_held_out=False).captions]
     texts = (texts * -(-cfg.n // len(texts)))[:cfg.n]
     digit = torch.tensor([read_caption(text)[0]["digit"] if text else -1 for text in texts])        # -1: none
 
@@ -44,8 +44,7 @@ def main(argv=None):
     if cfg.metrics:
         scores = score(x, digit) | {"followed": follow(x, texts)}
         print(report(scores), *(f"{name:10} {share:.3f}" for name, share in scores["followed"].items()), sep="\n")
-        run.record(f"sample_{cfg.model}_{cfg.steps}_w{cfg.guidance:g}", nfe=calls, seconds=round(seconds, 1),
-                   guidance=cfg.guidance, model=cfg.model, **scores)
+        run.record(f"sample_{cfg.model}_{cfg.steps}_w{cfg.guidance:g}", nfe=calls, seconds=round(seconds, 1), **scores)
     return x
 
 
@@ -54,14 +53,13 @@ def loaded(run, path, model="student"):
     if model not in ("student", "teacher"):
         raise UserError(f"model={model} is none of student, teacher")
     weights = run.read(path if model == "student" else path.with_name(TEACHER))
-    flow, net = RectifiedFlow(**weights.config["flow"]), weights.load(Flux(**weights.config["flux"]))
-    words = Tokenizer(weights.config["captions"].vocabulary.split(), weights.config["flux"].length)
-    return *run.place(flow, net), words
+    flow, net = run.place(RectifiedFlow(**weights.config["flow"]), weights.load(Flux(**weights.config["flux"])))
+    return flow, net, Tokenizer(weights.config["captions"].vocabulary.split(), weights.config["flux"].length)
 
 
 def passes(cfg):
     """Network calls a step: the teacher needs two, unless w is 1."""
-    return 2 if cfg.model == "teacher" and cfg.guidance != 1 else 1
+    return 1 + (cfg.model == "teacher" and cfg.guidance != 1)
 
 
 def velocity(net, words, texts, cfg):
@@ -78,9 +76,9 @@ def tokens(net, width=28):
 def draw(flow, net, words, texts, cfg, generator, width=28):
     """An image of every caption, in batches: (n, 1, 28, width)."""
     n = torch.randn(len(texts), 1, 28, width, generator=generator).to(next(net.parameters()).device)
-    grid, size = flow.grid(cfg.steps, tokens(net, width)), cfg.batch
-    return torch.cat([flow.sample(velocity(net, words, texts[i:i + size], cfg), n[i:i + size], grid)
-                      for i in range(0, len(n), size)])
+    grid, batches = flow.grid(cfg.steps, tokens(net, width)), range(0, len(n), cfg.batch)
+    batches = [slice(i, i + cfg.batch) for i in batches]
+    return torch.cat([flow.sample(velocity(net, words, texts[part], cfg), n[part], grid) for part in batches])
 
 
 if __name__ == "__main__":

@@ -597,6 +597,96 @@ def test_calls_of_student_and_teacher(trained):
         sample.loaded(run, trained / "weights.safetensors", "dev")
 
 
+# ------------------------------------------------------------------ the claim's arithmetic, on made-up rows
+CFG = Section(seeds=3, guidance=[1.0, 2.0, 4.0], sample_steps=20, quick=False, smoke=False)
+GOOD = {"accuracy": 0.97, "thickness": 0.85, "slant": 0.9}
+
+
+def made_up(fid=None, accuracy=None, held=None):
+    """Three rows: all arms alike but for noise, the teacher's single pass worse; fid, accuracy of arms that differ."""
+    names = [f"{model} {w}" for w in (1, 2, 4) for model in ("student", "teacher")]
+    rows = []
+    for seed, noise in enumerate((-0.1, 0.0, 0.1)):
+        arms = {name: {"fid": 1.0 + noise, "accuracy": 0.98 + noise / 50} for name in names}
+        for arm in ("teacher 1", "student 1"):
+            arms[arm] = {"fid": 3.0 + noise, "accuracy": 0.90 + noise / 50}
+        for key, other in (("fid", fid), ("accuracy", accuracy)):
+            for name, value in (other or {}).items():
+                arms[name][key] = value + noise / (1 if key == "fid" else 50)
+        rows.append({"seed": seed, "arms": arms, "held-out": {**GOOD, **(held or {})}, "seen": GOOD})
+    return rows
+
+
+SPEED = {w: {"of_variance": 0.01} for w in ("1", "2", "4")}
+RATIOS = {"rotary": [{"ratio": r} for r in (1.0, 1.02, 1.04)], "table": [{"ratio": r} for r in (1.5, 1.52, 1.54)]}
+
+
+@pytest.mark.parametrize("rows, speed, holds", [
+    (made_up(), SPEED, True),
+    (made_up(fid={"student 2": 1.25}), SPEED, True),                        # 0.25 < 3 x 0.1
+    (made_up(fid={"student 2": 1.35}), SPEED, False),
+    (made_up(fid={"student 4": 0.6}), SPEED, False),                        # better is not equal either
+    (made_up(accuracy={"student 1": 0.909}), SPEED, True),                  # below 0.01
+    (made_up(accuracy={"student 1": 0.88}), SPEED, False),
+    (made_up(), {**SPEED, "4": {"of_variance": 0.051}}, False),
+    (made_up(fid={"teacher 1": 1.0, "student 1": 1.0}, accuracy={"teacher 1": 0.98, "student 1": 0.98}), SPEED, False),
+])
+def test_one_pass_is_judged_as_the_criterion_says(rows, speed, holds):
+    part = load("lesson_34", "reproduce").judge(rows, speed, RATIOS, CFG)["one_pass"]
+    assert part["verdict"] == ("reproduced" if holds else "not reproduced at this scale")
+    assert part["by_w"]["1"]["calls"] == {"student": 20, "teacher": 20}
+    assert part["by_w"]["4"]["calls"] == {"student": 20, "teacher": 40}
+
+
+@pytest.mark.parametrize("rotary, held, extrapolates, captions", [
+    ((1.0, 1.02, 1.04), {}, True, True),
+    ((1.0, 1.02, 1.6), {}, False, True),                                    # loses in one seed
+    ((1.0, 1.2, 1.5), {}, False, True),                                     # the gap is noise
+    ((1.0, 1.02, 1.04), {"slant": 0.79}, True, False), ((1.0, 1.02, 1.04), {"accuracy": 0.94}, True, False),
+])
+def test_sizes_and_captions_are_judged_as_the_criteria_say(rotary, held, extrapolates, captions):
+    reproduce = load("lesson_34", "reproduce")
+    claim = reproduce.judge(made_up(held=held), SPEED, {**RATIOS, "rotary": [{"ratio": r} for r in rotary]}, CFG)
+    assert (claim["extrapolates"]["verdict"] == "reproduced", claim["captions"]["verdict"] == "reproduced") == (
+        extrapolates, captions)
+    quick = reproduce.judge(made_up(), SPEED, RATIOS, Section(**{**vars(CFG), "quick": True}))
+    assert all("no verdict" in quick[name]["verdict"] for name in quick)
+
+
+def test_wide_canvases_hold_the_same_digits():
+    reproduce = load("lesson_34", "reproduce")
+    x = torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    wide = reproduce.widened(x, 44)
+    assert wide.shape == (40, 1, 28, 44) and (wide == -1).sum((1, 2, 3)).min() == 28 * 16
+    left = [(one[0, 0] != -1).nonzero()[0].item() for one in wide]
+    assert all(torch.equal(one[..., i:i + 28], image) for one, i, image in zip(wide, left, x))
+    assert len(set(left)) > 8 and min(left) >= 0 and max(left) <= 16
+
+
+def test_error_on_a_canvas_is_that_of_the_velocity():
+    reproduce, flow = load("lesson_34", "reproduce"), RectifiedFlow()
+    x0, c = torch.rand(200, 1, 28, 28) * 2 - 1, torch.zeros(200, 5).long()
+    net = lambda x, t, c, w: torch.zeros_like(x)
+    assert reproduce.error(flow, net, x0, c, 0, "cpu") == pytest.approx(1 + float(x0.square().mean()), rel=0.01)
+    exact = lambda x, t, c, w: (x - 0.5) / t[:, None, None, None]
+    assert reproduce.error(flow, exact, torch.full_like(x0, 0.5), c, 0, "cpu") < 1e-9
+
+
+def test_a_block_in_sequence_has_the_same_attention():
+    reproduce, torch_seed = load("lesson_34", "reproduce"), torch.manual_seed(0)
+    block = reproduce.Sequential(16, 2)
+    x, emb = torch.randn(2, 6, 16), torch.randn(2, 3, 16)
+    turn = model.rotations(torch.randint(0, 5, (6, 3), generator=torch_seed), (4, 2, 2))
+    other = model.DoubleBlock(16, 2).image              # lesson 32's stream, alone
+    other.load_state_dict({"adaln.1.weight": block.adaln[1].weight, "adaln.1.bias": block.adaln[1].bias,
+                           **{f"norm_{n}.weight": getattr(block, f"norm_{n}").weight for n in "qk"},
+                           **{f"{a}.{p}": getattr(getattr(block, b), p) for a, b in (
+                               ("qkv", "qkv"), ("out", "out"), ("mlp.into", "into"), ("mlp.out", "leave"))
+                              for p in ("weight", "bias")}})
+    qkv, rest = other.enter(x, emb)
+    assert torch.allclose(block(x, emb, turn), other.leave(x, model.attend(*qkv, turn), rest), atol=1e-5)
+
+
 if __name__ == "__main__":
     import diffusers
 
