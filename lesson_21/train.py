@@ -2,7 +2,8 @@
 
     python train.py                          the values of config.yaml: 1-rf, then 2-rf, then the distilled network
     python train.py source=3 target=8        from threes to eights in the place of from noise to digits
-    python train.py stages="[1, 0, 0]"       the 1-rectified flow only
+    python train.py stages="[1, 0, 0]"       the 1-rectified flow only; then `python sample.py steps=20`
+    python train.py steps=300 pairs=512      a short look; the pairs of the default take minutes by themselves
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model
 """

@@ -252,6 +252,41 @@ def test_each_stage_starts_where_the_last_ended(tmp_path):
             assert torch.equal(a, b)
 
 
+def test_each_stage_has_its_own_loss_ramp_and_average(tmp_path, monkeypatch):
+    # Six steps in three stages of 3, 1 and 2: only the last distils, and ramp and average begin anew with each.
+    train, distil, starts, ramps, averaged, moments = load("lesson_21", "train"), [], [], [], [], []
+    loss, ramp, update, step = train.RectifiedFlow.loss, train.ramp, train.EMA.update, torch.optim.Adam.step
+    def spied(self, net, *pair, **how):
+        distil.append(how["distil"])
+        starts.append(net.state_dict()["out.2.weight"].clone())
+        return loss(self, net, *pair, **how)
+    monkeypatch.setattr(train.RectifiedFlow, "loss", spied)
+    monkeypatch.setattr(train, "ramp", lambda *args: ramps.append(args) or ramp(*args))
+    monkeypatch.setattr(train.EMA, "update", lambda self, net: averaged.append(int(self.n_averaged)) or update(
+        self, net))
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args, **how: moments.append(len(self.state)) or step(
+        self, *args, **how))
+    result, *_ = trained_pairs(tmp_path, "pairs=8", "stages=[3, 1, 2]", "preview_every=0", "save_every=0")
+    for name, at in (("1-rf", 3), ("2-rf", 4)):                                  # each begins with the average, in fp16
+        assert torch.allclose(starts[at], network(result.folder / f"{name}.safetensors").out[2].weight, atol=1e-5)
+    assert distil == [False] * 4 + [True] * 2
+    assert ramps == [(0, 2, 3), (1, 2, 3), (2, 2, 3), (0, 2, 1), (0, 2, 2), (1, 2, 2)]
+    assert averaged == [0, 1, 2, 0, 0, 1]
+    assert [n == 0 for n in moments] == [True, False, False, True, True, False]   # Adam forgets the stage before
+
+
+def test_two_data_sets_are_paired_at_random(tmp_path, monkeypatch):
+    # With the same digits at both ends an image must not meet itself, or all lines would be points.
+    train, seen = load("lesson_21", "train"), []
+    loss = train.RectifiedFlow.loss
+    monkeypatch.setattr(train.RectifiedFlow, "loss", lambda self, net, z0, z1, **how: seen.append((z0, z1)) or loss(
+        self, net, z0, z1, **how))
+    train.main(["smoke=true", "steps=2", "stages=[1, 0, 0]", "source=digits", "target=digits", "threads=1",
+                "device=cpu", "preview_every=0", f"runs={tmp_path}"])
+    for z0, z1 in seen:
+        assert (z0 - z1).flatten(1).norm(dim=1).min() > 1
+
+
 def test_resume_gives_the_same_weights(tmp_path, monkeypatch):
     train, keys = load("lesson_21", "train"), ["smoke=true", "threads=1", "device=cpu", "save_every=1"]
     whole = train.main([*keys, f"runs={tmp_path}/a"])
