@@ -83,6 +83,9 @@ def test_densities_by_hand():
     assert times("logit-normal").pdf(t)[1].item() == pytest.approx(4 / math.sqrt(2 * math.pi))
     assert times("mode", mode_scale=0.0).pdf(t).tolist() == pytest.approx([1, 1, 1])
     assert times("mode", mode_scale=1.29).pdf(t)[1] > 1 > times("mode", mode_scale=-0.5).pdf(t)[1]
+    u = torch.tensor([0.1, 0.4, 0.8], dtype=torch.float64)                       # the log-SNR of a cosine schedule at u
+    c = times("cosmap").map(u)
+    assert (2 * ((1 - c) / c).log()).tolist() == pytest.approx((-2 * torch.tan(math.pi / 2 * u).log()).tolist())
     more_noise, more_data = (times("logit-normal", mean=mean).pdf(t) for mean in (0.5, -0.5))
     assert more_noise[2] > more_data[2] and more_noise[0] < more_data[0]         # mean > 0: towards noise
 
@@ -375,7 +378,7 @@ def test_samplers_of_the_opponents(form):
 
 
 def test_the_two_networks_have_as_many_parameters():
-    sizes = dict(vocabulary=41, length=10, dim=48, depth=4, heads=4, patch=4, grid=14)
+    sizes = dict(vocabulary=41, length=10, dim=32, depth=4, heads=4, patch=4, grid=14)
     ours, cross = MMDiT(**sizes), reproduce.CrossDiT(**sizes)
     count = lambda net: sum(p.numel() for p in net.parameters())
     assert abs(count(ours) / count(cross) - 1) < 0.03 and len(cross.blocks) == 6
