@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import load
+from utils import UserError
 
 model, parent = load("lesson_15", "model"), load("lesson_05", "model")
 DDPM, UNet, Mixture, drop, guided, given = (
@@ -414,6 +415,53 @@ def test_class_and_time_reach_the_output_and_the_null_class_is_learned():
 def test_times_are_told_apart():
     emb = model.time_embedding(torch.tensor(DDPM().times(50)), 32)
     assert emb.diff(dim=0).norm(dim=1).min() > 0.1
+
+
+# ------------------------------------------------------------------ the scripts: labels in, images out
+def test_training_drops_the_stated_share_and_reaches_the_network(tmp_path, monkeypatch):
+    train, asked, seen = load("lesson_15", "train"), [], []
+    given_, drop_ = train.given, train.drop
+    monkeypatch.setattr(train, "drop", lambda c, null, p: asked.append((null, p)) or drop_(c, null, p))
+    monkeypatch.setattr(train, "given", lambda net, c: seen.append(c) or given_(net, c))
+    for share, expected in ((1.0, {10}), (0.0, set(range(10)))):
+        asked.clear(), seen.clear()
+        train.main(["smoke=true", f"drop={share}", "batch_size=64", "threads=1", "device=cpu", "preview_every=0",
+                    "steps=2", f"runs={tmp_path}"])
+        assert [p for _, p in asked] == [share] * 2 and all((null == 10).all() for null, _ in asked)
+        assert set(torch.cat(seen).tolist()) == expected           # what is dropped is what the network is given
+
+
+def test_labels_by_name_and_images_in_their_order():
+    sample = load("lesson_15", "sample")
+    assert sample.wanted("", 12, 10).tolist() == [*range(10), 0, 1]
+    assert sample.wanted("none", 2, 10).tolist() == [10, 10]
+    assert sample.wanted("3,1,4", 4, 10).tolist() == [3, 1, 4, 3]
+    for labels in ("10", "-1", "three", "1,"):
+        with pytest.raises(UserError, match="labels"):
+            sample.wanted(labels, 4, 10)
+    # A network that knows the image of each class: every batch has the images that were asked for, guided or not.
+    ddpm, c = DDPM(20), torch.tensor([3, 1, 4, 1, 5])
+    def net(xt, t, c):
+        abar = ddpm.abar[t][:, None, None, None]
+        return ((xt - abar.sqrt() * (c / 10 - 0.5)[:, None, None, None]) / (1 - abar).sqrt()).float()
+    for w in (0.0, 1.0):
+        x = sample.draw(ddpm, net, c, 10, ddpm.times(5, -10.0), w, torch.Generator().manual_seed(0), batch=2)
+        assert torch.allclose(x.mean((1, 2, 3)), c / 10 - 0.5 if w else torch.full((5,), 0.5), atol=1e-3)
+
+
+def test_variance_of_a_step_is_that_of_the_key(tmp_path):
+    # The weights file carries a process too; what decides is `sample.v`.
+    sample = load("lesson_15", "sample")
+    for v in (0.0, 0.7):
+        run = sample.Run(sample.__file__, [f"v={v}", "weights=published", "device=cpu", f"runs={tmp_path}"])
+        ddpm, net, null = sample.load(run, run.weights())
+        assert ddpm.v == v and null == 10 and not net.training
+
+
+def test_ink_and_grey():
+    brightness = load("lesson_15", "reproduce").brightness
+    x = torch.tensor([-1.0, -1.0, 1.0, 0.0, 3.0]).reshape(5, 1, 1, 1)                     # 3 is seen as white
+    assert brightness(x) == pytest.approx({"ink": 0.5, "grey": 0.2})
 
 
 # ------------------------------------------------------------------ what reproduce.py calls a result

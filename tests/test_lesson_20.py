@@ -434,6 +434,70 @@ def test_equal_to_diffusers():
     assert_equal_to(make_fixture(pytest.importorskip("diffusers", reason="pip install -e '.[reference]'")))
 
 
+# ------------------------------------------------------------------ the scripts: calls, pictures, arms
+def test_every_sampler_of_the_claim_makes_the_calls_of_its_column():
+    reproduce, asked = load("lesson_20", "reproduce"), []
+    denoise = lambda x, sigma: asked.append(0) or 0.5 * x
+    for solver, levels, schedule in reproduce.SAMPLERS.values():
+        for calls in (9, 19, 35):
+            asked.clear()
+            last(ode_sampler(denoise, torch.ones(1, 1, 1, 1), noise_levels(levels, reproduce.steps_of(solver, calls)),
+                             schedule, solver))
+            assert len(asked) == calls
+
+
+def test_what_a_call_is_in_sample(capsys, tmp_path, monkeypatch):
+    # The number that is printed and recorded is the number of times that the network is asked.
+    sample, asked = load("lesson_20", "sample"), []
+    load_ = sample.load
+    def counted(run, weights):
+        edm, net = load_(run, weights)
+        return edm, lambda x, t: asked.append(0) or net(x, t)
+    monkeypatch.setattr(sample, "load", counted)
+    monkeypatch.setattr(sample, "draw", lambda edm, net, n, seed, batch, sigmas, **how: edm.sample(
+        net, torch.randn(n, 1, 28, 28), sigmas, **how))
+    for keys in (["steps=3"], ["steps=3", "solver=euler"], ["steps=3", "churn=1"]):
+        asked.clear()
+        sample.main(["n=1", "weights=published", "threads=1", "device=cpu", f"runs={tmp_path}", *keys])
+        assert f" {len(asked)} network calls each" in capsys.readouterr().out
+
+
+def test_every_way_starts_from_the_same_noise():
+    class Silent(torch.nn.Linear):
+        def forward(self, x, t):
+            seen.append(x)
+            return torch.zeros_like(x)
+    edm, first = EDM(), []
+    for levels, how in (("edm", {}), ("vp", {"solver": "euler"}), ("ve", {"schedule": "vp"}), ("edm", {"churn": 5.0})):
+        seen = []
+        load("lesson_20", "sample").draw(edm, Silent(1, 1), 3, 7, 2, edm.levels(4, levels), **how)
+        first.append(torch.cat([seen[0], seen[len(seen) // 2]]))                 # two batches: of 2 and of 1
+    assert first[0].shape == (3, 1, 28, 28) and first[0].std().item() == pytest.approx(1, abs=0.05)
+    assert all(torch.allclose(one, first[0], atol=1e-5) for one in first[1:])
+
+
+def test_pictures_of_noised_digits_have_the_contrast_of_digits():
+    edm, sigma = EDM(), 3.0
+    y = 0.5 * torch.randn(200_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    noised = y + sigma * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    seen = edm.standardise(load("lesson_20", "sample").scaled(edm, noised, sigma))
+    assert seen.std().item() == pytest.approx(0.5, rel=0.01)
+
+
+def test_arms_of_the_training_differ_in_nothing_else(monkeypatch, tmp_path):
+    # All arms: the same steps and seed, and the log-normal of the paper whatever config.yaml has.
+    reproduce, made = load("lesson_20", "reproduce"), []
+    monkeypatch.setattr(reproduce, "trained", lambda train, folder, argv, lesson: made.append(argv))
+    run = reproduce.Run(reproduce.__file__, ["smoke=true", "threads=1", "device=cpu", f"runs={tmp_path}"])
+    run.open_folder("claim")
+    for arm in reproduce.ARMS:
+        reproduce.arm_weights(run, arm, 2)
+    for (precondition, objective), argv in zip(reproduce.ARMS, made, strict=True):
+        assert argv[-6:] == [f"edm.precondition={precondition}", f"edm.objective={objective}", "edm.p_mean=-1.2",
+                             "seed=2", f"steps={run.config.reproduce.arm_steps}", "preview_every=0"]
+        assert argv[:-6] == made[0][:-6]
+
+
 # ------------------------------------------------------------------ the claim's arithmetic, on made-up rows
 CFG = Section(seeds=3, calls=[9, 35], converged=159, quick=False, smoke=False)
 FIDS = {"Euler, VP levels": {"9": [9.0, 9.0, 9.0], "35": [2.5, 2.6, 2.7]},
