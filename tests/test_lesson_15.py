@@ -498,7 +498,7 @@ def test_best_fid_must_lie_at_a_small_weight():
     fid_claim = load("lesson_15", "reproduce").fid_claim
     sweep = lambda *fid: {w: {"fid": values} for w, values in zip((0, 1, 2, 3, 9), rise(*fid))}  # noqa: E731
     assert fid_claim(sweep(0.5, 2.0, 1.5, 1.8, 5.0)) == {"best_w": 2, "falls_clearly_from_1": True, "holds": True}
-    assert not fid_claim(sweep(0.5, 2.0, 1.8, 1.5, 5.0))["holds"]                         # 3 is the paper's 2: too large
+    assert not fid_claim(sweep(0.5, 2.0, 1.8, 1.5, 5.0))["holds"]                         # 3: the paper's 2, too large
 
 
 def test_saturation_and_dropping_are_judged_as_their_criteria_say():
