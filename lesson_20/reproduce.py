@@ -17,8 +17,8 @@ The criteria were written down before the numbers were seen.
     column of Table 1) in every seed and by more than 3 pooled standard deviations. The arm between the two, EDM's
     preconditioning with the VP loss, has no criterion.
 (c) At the start the loss is 1 within 2 % at every noise level from 0.002 to 80, and for images in [-1, 1] it is above 3
-    at sigma = 80. After training it is lowest at a level within two deviations of the log-normal, 0.03 to 3.3, and at
-    least twice as high at both ends, 0.002 and 80.
+    at sigma = 80. After training it is lowest at a level within two deviations of the paper's log-normal, 0.03 to 3.3,
+    and at least twice as high at both ends, 0.002 and 80.
 """
 
 import math

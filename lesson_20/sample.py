@@ -13,7 +13,7 @@ import time
 import torch
 
 from model import EDM, UNet
-from utils import Run, cli, digits, report, save_gif, save_grid, save_npz, save_strip, score, seeded
+from utils import Run, UserError, cli, digits, report, save_gif, save_grid, save_npz, save_strip, score, seeded
 
 
 def main(argv=None):
@@ -22,7 +22,9 @@ def main(argv=None):
     edm, net = load(run, run.weights())                 # the file carries its network's configuration
     sigmas = edm.levels(cfg.steps, cfg.levels)
     how = {key: cfg[key] for key in ("schedule", "solver", "churn", "s_min", "s_max", "s_noise")}
-    calls = cfg.steps if cfg.solver == "euler" and not cfg.churn else 2 * cfg.steps - 1
+    if cfg.churn and (cfg.solver, cfg.schedule) != ("heun", "edm"):
+        raise UserError(f"churn={cfg.churn:g} is Algorithm 2, which needs solver=heun schedule=edm")
+    calls = cfg.steps if cfg.solver == "euler" else 2 * cfg.steps - 1
     start = time.perf_counter()
     x = draw(edm, net, cfg.n, cfg.seed, cfg.batch, sigmas, **how)
     seconds = time.perf_counter() - start
@@ -37,6 +39,7 @@ def main(argv=None):
     if cfg.metrics:
         print(report(scores := score(x)))
         name = f"sample_{calls}" + f"_churn_{cfg.churn:g}" * bool(cfg.churn)
+        name += "".join(f"_{value}" for value in (cfg.solver, cfg.levels, cfg.schedule) if value not in ("heun", "edm"))
         run.record(name, nfe=calls, seconds=round(seconds, 1), levels=cfg.levels, **how, **scores)
     return x
 
