@@ -465,8 +465,8 @@ def test_what_a_call_is_in_sample(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize("keys", [["solver=euler"], ["schedule=vp"]])
 def test_churn_is_refused_where_algorithm_2_does_not_say_how(keys, tmp_path):
     with pytest.raises(UserError, match="churn=2 is Algorithm 2"):
-        load("lesson_20", "sample").main(["n=1", "steps=3", "weights=published", "device=cpu", f"runs={tmp_path}", "churn=2",
-                                          *keys])
+        load("lesson_20", "sample").main(["n=1", "steps=3", "weights=published", "device=cpu", "churn=2",
+                                          f"runs={tmp_path}", *keys])
 
 
 def test_scores_of_other_ways_have_names_of_their_own(tmp_path, monkeypatch):
@@ -475,8 +475,8 @@ def test_scores_of_other_ways_have_names_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "report", str)
     monkeypatch.setattr(sample.Run, "record", lambda run, name, **entry: names.append(name))
     for keys in ([], ["solver=euler", "levels=vp", "steps=5"], ["schedule=ve"], ["churn=1"]):
-        sample.main(["n=1", "steps=3", "metrics=true", "weights=published", "threads=1", "device=cpu", f"runs={tmp_path}",
-                     *keys])
+        sample.main(["n=1", "steps=3", "metrics=true", "weights=published", "threads=1", "device=cpu",
+                     f"runs={tmp_path}", *keys])
     assert names == ["sample_5", "sample_5_euler_vp", "sample_5_ve", "sample_5_churn_1"]
 
 
