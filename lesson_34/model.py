@@ -287,7 +287,7 @@ class FluxTransformer(nn.Module):
         return self.final(x[:, length:], emb)
 
 
-# Adapted from lesson_32/model.py: MMDiT -- the transformer is a class of its own, with single blocks, turns and guidance
+# Adapted from lesson_32/model.py: MMDiT -- the transformer is a class of its own, with single blocks, turns, and w
 class Flux(nn.Module):
     """Captions and pixels around the transformer.
 

@@ -336,7 +336,7 @@ def plot(claim, path):
         last.bar(i, statistics.mean(claim["extrapolates"]["ratios"][arm]), color=f"C{i + 2}")
         last.plot([i] * len(rows), claim["extrapolates"]["ratios"][arm], "k.", ms=5)
     last.set(xticks=range(2), xticklabels=ARMS, title="an unseen size",
-             ylabel=f"error on 28 x {claim['width']} over that on 28 x 28")
+             ylabel=f"error, 28 x {claim['width']} over 28 x 28")
     return save_figure(fig, path)
 
 
