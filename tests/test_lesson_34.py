@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import ROOT, load
-from utils import Run, Section, UserError
+from utils import Run, Section, UserError, caption, follow, held_out
 
 model = load("lesson_34", "model")
 RectifiedFlow, Flux, FluxTransformer = model.RectifiedFlow, model.Flux, model.FluxTransformer
@@ -595,6 +595,23 @@ def test_calls_of_student_and_teacher(trained):
     assert (draw(0, guidance=1.0) - x).abs().max() > 0 and sample.tokens(net, 44) == 77
     with pytest.raises(UserError, match="model=dev"):
         sample.loaded(run, trained / "weights.safetensors", "dev")
+
+
+def test_published_student_draws_captions_that_never_occurred_in_one_pass():
+    sample, run = load("lesson_34", "sample"), Run(ROOT / "lesson_34" / "sample.py", KEYS[1:-1])
+    flow, net, words = sample.loaded(run, run.published)
+    texts = [caption(d, {"thickness": a, "slant": b}) for d in range(10) for a in range(3) for b in range(3)
+             if held_out(d, a, b)]
+    how = Section(model="student", guidance=3.0, steps=10, batch=20)
+    found = follow(sample.draw(flow, net, words, texts, how, torch.Generator().manual_seed(0)), texts)
+    assert found["accuracy"] >= 0.9 and min(found["thickness"], found["slant"]) >= 0.6
+    teacher = sample.loaded(run, run.published, "teacher")[1]               # and says what the teacher's two passes say
+    x, t = torch.randn(20, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.full((20,), 0.9)
+    c = words(texts)
+    with torch.no_grad():
+        one, two = model.given(net, c, 3.0)(x, t), model.guided(teacher, c, words([""]).expand_as(c), 3.0)(x, t)
+        plain = model.given(teacher, c)(x, t)
+    assert (one - two).square().mean() < 0.5 * (plain - two).square().mean()
 
 
 # ------------------------------------------------------------------ the claim's arithmetic, on made-up rows
