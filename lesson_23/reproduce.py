@@ -4,9 +4,10 @@
     python reproduce.py quick=true        a look at it, no verdict
     python reproduce.py n=2048 steps=2000 other values; without publish=true to runs/claim
 
-The criteria were written down before any number was seen. All arms have the same depth, learning rate, batches and
-number of steps, and three training seeds. FID of n samples drawn with plain conditional sampling. Steps and learning
-rate were set after short trainings of one arm, adaLN-Zero at 4/96.
+The criteria were written down before any number was seen. The arms of (a), and those of (b), have the same depth,
+learning rate, batches and number of steps, and three training seeds. FID of n samples drawn with plain conditional
+sampling. Steps and batches were set after short trainings of adaLN-Zero alone. They showed that for its first 100,000
+images a DiT with patches of 4 hardly looks beyond the patch: the arms are shorter than that, hence (c).
 
 (a) At equal steps the FID falls with the Gflops of a network call. Sizes "patch/width" with patches of 14, 7, 4 and 2
     pixels and widths 32, 64 and 96, less the dearest (patch 2 at 64 and 96) and 14/96: Spearman's rank correlation of
@@ -14,6 +15,9 @@ rate were set after short trainings of one arm, adaLN-Zero at 4/96.
 (b) At one size the FIDs are ordered adaLN-Zero < adaLN < cross-attention < in-context: each is below the next in every
     seed, and by more than 3 pooled standard deviations over the seeds. The paper compares them at equal steps, not at
     equal Gflops; so does this.
+(c) (a) at the length of the default training, for one step of it: at the published network's width and steps, the
+    published FID (patch 4) is below that of patches of 7, in each of three sampling seeds and by more than 3 pooled
+    standard deviations over them. One training each.
 """
 
 import json
@@ -51,19 +55,21 @@ def main(argv=None):
     run = Run(__file__, argv)
     cfg, start = run.config.reproduce, time.perf_counter()
     run.open_folder("claim")
-    sizes, kinds = {size: (size, KINDS[0]) for size in cfg.sizes}, {kind: (cfg.kinds_size, kind) for kind in KINDS}
+    sizes = {size: (size, KINDS[0], cfg.steps) for size in cfg.sizes}
+    kinds = {kind: (cfg.kinds_size, kind, cfg.kinds_steps) for kind in KINDS}
     arms = [(*arm, seed) for seed in range(cfg.seeds) for arm in dict.fromkeys((*kinds.values(), *sizes.values()))]
     rows = {}
     for arm, row in zip(arms, parallel(measure, [(run.argv, *arm) for arm in arms], cfg.workers)):
         rows[arm] = row
-        run.say("{1} {0}, seed {2}: ".format(*arm) + "  ".join(f"{key} {value:.4f}" for key, value in row.items()))
+        run.say("{1} {0}, {2} steps, seed {3}: ".format(*arm) + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
     claim = {"gflops": scaling({size: collect(rows, arm, cfg.seeds) for size, arm in sizes.items()}),
-             "kinds": order({kind: collect(rows, arm, cfg.seeds) for kind, arm in kinds.items()})}
+             "kinds": order({kind: collect(rows, arm, cfg.seeds) for kind, arm in kinds.items()}),
+             "long": longer(run)}
     for part in claim.values():
         part["verdict"] = verdict(part["holds"], cfg)
-    claim |= {"n": cfg.n, "steps": cfg.steps, "batch_size": cfg.batch_size, "sample_steps": cfg.sample_steps,
-              "kinds_size": cfg.kinds_size, "floor": floor(cfg.n), "change_at_the_start": change_at_the_start(run),
-              "minutes": round((time.perf_counter() - start) / 60, 1)}
+    claim |= {"n": cfg.n, "steps": cfg.steps, "kinds_steps": cfg.kinds_steps, "batch_size": cfg.batch_size,
+              "sample_steps": cfg.sample_steps, "kinds_size": cfg.kinds_size, "floor": floor(cfg.n),
+              "change_at_the_start": change_at_the_start(run), "minutes": round((time.perf_counter() - start) / 60, 1)}
     run.say(text(claim))
     run.output(save_json, claim, "claim.json")
     run.output(plot, claim, "claim.png")
@@ -72,7 +78,7 @@ def main(argv=None):
     run.output(plot_attention, attention_maps(run), "attention.png")
     run.output(save_grid, same_noise(run), "sizes.png", columns=10)
     run.record("claim", minutes=claim["minutes"], n=cfg.n, **{
-        name: claim[name]["verdict"] for name in ("gflops", "kinds")})
+        name: claim[name]["verdict"] for name in ("gflops", "kinds", "long")})
     return claim
 
 
@@ -95,28 +101,34 @@ def parts(size):
     return int(patch), int(dim)
 
 
-def train_arm(argv, size, kind, seed):
-    """The weights of an arm: trained, or taken from an earlier call."""
+def train_arm(argv, size, kind, steps, seed):
+    """The weights of an arm: trained, or taken from an earlier call. steps 0: as the published network."""
     run = Run(__file__, argv)
     cfg, folder, (patch, dim) = run.config.reproduce, run.open_folder("claim"), parts(size)
     own = [a for a in argv if a.split("=")[0].split(".")[0] in ("dit", "ddpm", "train", "gpu", "device", "smoke")]
-    return trained(train.main, folder / f"{kind}_{patch}_{dim}_{seed}", [
-        *own, f"dit.patch={patch}", f"dit.dim={dim}", f"dit.conditioning={kind}", f"seed={seed}", f"steps={cfg.steps}",
-        f"batch_size={cfg.batch_size}", f"warmup={cfg.warmup}", "preview_every=0", "save_every=0"], run.lesson)
+    length = [f"steps={steps}", f"batch_size={cfg.batch_size}", f"warmup={cfg.warmup}", "save_every=0"] if steps else [
+        f"steps={cfg.long_steps}"]
+    return trained(train.main, folder / f"{kind}_{patch}_{dim}_{steps}_{seed}", [
+        *own, f"dit.patch={patch}", f"dit.dim={dim}", f"dit.conditioning={kind}", f"seed={seed}", *length,
+        "preview_every=0"], run.lesson)
 
 
-def measure(argv, size, kind, seed):
-    """Train an arm, draw the ten digits in turn with it: its scores, Gflops and parameters."""
-    path = train_arm(argv, size, kind, seed)
+def measure(argv, size, kind, steps, seed):
+    """Train an arm, draw with it: its scores, Gflops and parameters."""
+    path = train_arm(argv, size, kind, steps, seed)
     run = Run(__file__, argv)
-    cfg, weights = run.config.reproduce, Weights(path, run.name)
-    ddpm, net, null = load(run, weights)
+    weights = Weights(path, run.name)
+    process, dit = load(run, weights), weights.config["dit"]
+    return {**scores(run, process, seed), "gflops": gflops(dit.dim, dit.depth, dit.patch, dit.conditioning),
+            "parameters": sum(p.numel() for p in process[1].parameters())}
+
+
+def scores(run, process, seed):
+    """The scores of the ten digits drawn in turn. process: as `load` gives it."""
+    (ddpm, net, null), cfg = process, run.config.reproduce
     c = wanted("", cfg.n, null).to(run.device)
-    scores = score(draw(ddpm, net, c, null, ddpm.times(cfg.sample_steps), 1.0, seeded(seed)).cpu(), c.cpu())
-    dit = weights.config["dit"]
-    return {**{key: scores[key] for key in KEYS if key in scores},
-            "gflops": gflops(dit.dim, dit.depth, dit.patch, dit.conditioning),
-            "parameters": sum(p.numel() for p in net.parameters())}
+    found = score(draw(ddpm, net, c, null, ddpm.times(cfg.sample_steps), 1.0, seeded(seed)).cpu(), c.cpu())
+    return {key: found[key] for key in KEYS if key in found}
 
 
 def collect(rows, arm, seeds):
@@ -139,16 +151,29 @@ def scaling(sizes):
     return {"spearman": rank, "sizes": sizes, "holds": all(r <= -0.8 for r in rank)}
 
 
+def clearly(low, high):
+    """Whether `high` is above `low` in every seed, and by more than three pooled standard deviations."""
+    gaps = [b - a for a, b in zip(low, high)]
+    return min(gaps) > 0 and statistics.mean(gaps) > 3 * pooled(low, high)
+
+
 def order(kinds):
     """(b): is the FID of each kind clearly below that of the next?"""
-    def clearly(low, high):
-        gaps = [b - a for a, b in zip(low, high)]
-        return min(gaps) > 0 and statistics.mean(gaps) > 3 * pooled(low, high)
-
     fids = {kind: row["fid"] for kind, row in kinds.items()}
     steps = {f"{a} < {b}": clearly(fids[a], fids[b]) for a, b in zip(KINDS, KINDS[1:])}
     return {"arms": kinds, "steps": steps, f"{KINDS[0]} < {KINDS[-1]}": clearly(fids[KINDS[0]], fids[KINDS[-1]]),
             "holds": all(steps.values())}
+
+
+def longer(run):
+    """(c): the published network and one with larger patches, trained alike; the scores of three sampling seeds."""
+    size = run.config.reproduce.long_size
+    larger = load(run, Weights(train_arm(run.argv, size, KINDS[0], 0, 0), run.name))
+    arms = {"published": published(run), size: larger}
+    rows = {name: [scores(run, process, seed) for seed in range(run.config.reproduce.seeds)]
+            for name, process in arms.items()}
+    rows = {name: {key: [one[key] for one in found] for key in found[0]} for name, found in rows.items()}
+    return {"arms": rows, "holds": clearly(*(row["fid"] for row in rows.values()))}
 
 
 # ------------------------------------------------------------------ what is behind it
@@ -168,14 +193,10 @@ def change_at_the_start(run, depth=12):
     return result
 
 
-def zero_arm(run):
-    """The weights of the arm of (b) with adaLN-Zero, seed 0."""
-    return train_arm(run.argv, run.config.reproduce.kinds_size, KINDS[0], 0)
-
-
 def gates_over_training(run):
-    """The lines of that arm's metrics.jsonl that hold its gates."""
-    lines = (zero_arm(run).parent / "metrics.jsonl").read_text().splitlines()
+    """The lines of metrics.jsonl that hold gates, of the long training of (c)."""
+    path = train_arm(run.argv, run.config.reproduce.long_size, KINDS[0], 0, 0)
+    lines = (path.parent / "metrics.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, lines) if "gate_mlp_0" in line]
 
 
@@ -183,7 +204,7 @@ def published(run):
     """Process, network and null class of the published network, for want of one of an arm."""
     path = run.lesson / "results" / "weights.safetensors"
     if run.config.reproduce.smoke or not path.exists():
-        path = zero_arm(run)
+        path = train_arm(run.argv, run.config.reproduce.long_size, KINDS[0], 0, 0)
     return load(run, Weights(path, run.name))
 
 
@@ -207,7 +228,7 @@ def same_noise(run):
     """Ten digits from the same noise, a row for each size."""
     cfg, rows = run.config.reproduce, []
     for size in cfg.sizes:
-        ddpm, net, null = load(run, Weights(train_arm(run.argv, size, KINDS[0], 0), run.name))
+        ddpm, net, null = load(run, Weights(train_arm(run.argv, size, KINDS[0], cfg.steps, 0), run.name))
         c = wanted("", 10, null).to(run.device)
         rows.append(draw(ddpm, net, c, null, ddpm.times(cfg.sample_steps), 1.0, seeded(7)).cpu())
     return torch.cat(rows)
@@ -217,15 +238,19 @@ def same_noise(run):
 def text(claim):
     """The tables with their verdicts."""
     def line(name, row):
-        return f"    {name:<16} {row['gflops']:.4f} Gflops {row['parameters']:>7} parameters   " + "   ".join(
+        cost = f"{row['gflops']:.4f} Gflops {row['parameters']:>7} parameters   " if "gflops" in row else ""
+        return f"    {name:<16} {cost}" + "   ".join(
             f"{key} {statistics.mean(row[key]):.3f} +- {deviation(row[key]):.3f}" for key in KEYS if key in row)
 
-    lines = ["", f"{claim['steps']} training steps; n = {claim['n']}, {claim['sample_steps']} sampling steps, "
-             f"floor {claim['floor']:.3f}",
-             f"(a) Gflops: {claim['gflops']['verdict']}   (Spearman {claim['gflops']['spearman']})"]
+    lines = ["", f"n = {claim['n']}, {claim['sample_steps']} sampling steps, floor {claim['floor']:.3f}",
+             f"(a) Gflops, {claim['steps']} training steps: {claim['gflops']['verdict']}",
+             f"    Spearman {claim['gflops']['spearman']}"]
     lines += [line(size, row) for size, row in claim["gflops"]["sizes"].items()]
-    lines += [f"(b) kinds at {claim['kinds_size']}: {claim['kinds']['verdict']}   {claim['kinds']['steps']}"]
+    lines += [f"(b) kinds at {claim['kinds_size']}, {claim['kinds_steps']} training steps: {claim['kinds']['verdict']}",
+              f"    {claim['kinds']['steps']}"]
     lines += [line(kind, row) for kind, row in claim["kinds"]["arms"].items()]
+    lines += [f"(c) the default training: {claim['long']['verdict']}"]
+    lines += [line(name, row) for name, row in claim["long"]["arms"].items()]
     return "\n".join(lines)
 
 
@@ -245,7 +270,7 @@ def plot(claim, path):
     for i, (kind, row) in enumerate(claim["kinds"]["arms"].items()):
         right.plot([i] * len(row["fid"]), row["fid"], "o", ms=5, color=f"C{i}")
     right.set(xticks=range(len(KINDS)), xticklabels=KINDS, ylabel=f"FID (n = {claim['n']})", yscale="log",
-              title=f"(b) after {claim['steps']} steps, patch/width {claim['kinds_size']}")
+              title=f"(b) after {claim['kinds_steps']} steps, patch/width {claim['kinds_size']}")
     for ax in (left, right):
         ax.grid(alpha=0.3, which="both")
     return save_figure(fig, path)
