@@ -378,7 +378,7 @@ def test_samplers_of_the_opponents(form):
 
 
 def test_the_two_networks_have_as_many_parameters():
-    sizes = dict(vocabulary=41, length=10, dim=32, depth=4, heads=4, patch=4, grid=14)
+    sizes = dict(vocabulary=41, length=10, dim=32, depth=4, heads=2, patch=4, grid=14)
     ours, cross = MMDiT(**sizes), reproduce.CrossDiT(**sizes)
     count = lambda net: sum(p.numel() for p in net.parameters())
     assert abs(count(ours) / count(cross) - 1) < 0.03 and len(cross.blocks) == 6
