@@ -24,7 +24,8 @@ Criteria, written before the numbers:
     samples, means over three draws.
 
 Printed without a verdict: how much of the guidance the student has learned, the shift of the times with few steps, and
-the time of a parallel block against the same in sequence.
+the time of a parallel block against the same in sequence. After a first run had answered (a) and (b), two more numbers
+were added, also without a verdict: how far the student goes (`goes`), and where on the wide canvas the error of (b) is.
 """
 
 import statistics
@@ -36,7 +37,7 @@ from torch import nn
 
 import train
 from model import SingleBlock, attend, given, guided, modulate, positions, rotations
-from sample import draw, loaded
+from sample import draw, loaded, velocity
 from utils import (
     Run,
     Section,
@@ -149,15 +150,20 @@ def answers(run, path, w):
 
 
 def velocities(run, path):
-    """The student's error at each w, as a share of the variance of the teacher's velocity and of what guidance adds."""
-    rows = {}
+    """The student's error at each w, as a share of the variance of the teacher's velocity and of what guidance adds.
+
+    goes: how many times v_c - v_u the student goes from v_u in that direction; w, if it did as it was told.
+    """
+    rows, (two, _, plain) = {}, answers(run, path, 2.0)
+    step = two - plain                                  # v_c - v_u
     for w in run.config.reproduce.guidance:
         teacher, student, plain = answers(run, path, w)
         error, variance = (student - teacher).square().mean(), teacher.var(0).mean()
         added = (plain - teacher).square().mean()
         rows[f"{w:g}"] = {"error": float(error), "of_variance": float(error / variance),
                           "guidance_of_variance": float(added / variance),
-                          "of_guidance": float(error / added) if w != 1 else None}
+                          "of_guidance": float(error / added) if w != 1 else None,
+                          "goes": 1 + float(((student - plain) * step).sum() / step.square().sum())}
     return rows
 
 
@@ -172,26 +178,32 @@ def extrapolate(argv, arm, seed):
     flow, net, words = loaded(run, path)
     data = captioned("test", 1, limit=cfg.velocities, kind="placed", without_held_out=False)
     x0, c = to_float(data.images), words([said[0] for said in data.captions])
-    native, wide = (error(flow, net, x, c, seed, run.device) for x in (x0, widened(x0, cfg.width)))
-    return {"seed": seed, "native": native, "wide": wide, "ratio": wide / native}
+    left = torch.randint(cfg.width - 28 + 1, (len(x0),), generator=seeded(0))
+    native, wide = (errors(flow, net, x, c, seed, run.device) for x in (x0, widened(x0, left, cfg.width)))
+    row = {"seed": seed, "native": float(native.mean()), "wide": float(wide.mean())}
+    column = torch.arange(cfg.width) - left[:, None]    # counted from the digit's own canvas, (N, W)
+    for name, low, high in (("left", 0, 4), ("middle", 6, 10), ("right", 12, 16)):
+        chosen = ((low <= left) & (left <= high))[:, None]
+        canvas = (column >= 0) & (column < 28)
+        row[name] = {"own": float(wide[chosen & canvas].mean()), "paper": float(wide[chosen & ~canvas].mean())}
+    return {**row, "ratio": row["wide"] / row["native"]}
 
 
-def widened(x, width):
-    """Paper added left and right of each image, at random more on one side. (N, 1, 28, 28) -> (N, 1, 28, width)."""
-    left = torch.randint(width - 28 + 1, (len(x),), generator=seeded(0)).tolist()
-    return torch.cat([F.pad(one[None], (i, width - 28 - i, 0, 0), value=-1.0) for one, i in zip(x, left)])
+def widened(x, left, width):
+    """Paper added left (that many columns) and right of each image. (N, 1, 28, 28) -> (N, 1, 28, width)."""
+    return torch.cat([F.pad(one[None], (i, width - 28 - i, 0, 0), value=-1.0) for one, i in zip(x, left.tolist())])
 
 
 @torch.no_grad()
-def error(flow, net, x0, c, seed, device):
-    """The mean squared error of n - x_0 over images, pixels and TIMES."""
-    total, generator = 0.0, seeded(seed)
+def errors(flow, net, x0, c, seed, device):
+    """The squared error of n - x_0, mean over TIMES and rows. x0 (N, 1, H, W) -> (N, W)."""
+    total, generator = torch.zeros(len(x0), x0.shape[3]), seeded(seed)
     for one in TIMES:
         n, t = torch.randn(x0.shape, generator=generator), one.expand(len(x0))
         for i in range(0, len(x0), 128):
             xt, *rest = (part[i:i + 128].to(device) for part in (flow.q_sample(x0, t, n), t, c))
             v = given(net, rest[1])(xt, rest[0]).cpu()
-            total += float((v - (n - x0)[i:i + 128]).square().sum()) / x0.numel() / len(TIMES)
+            total[i:i + 128] += (v - (n - x0)[i:i + 128]).square().mean((1, 2)) / len(TIMES)
     return total
 
 
@@ -293,11 +305,14 @@ def text(claim):
         lines.append(f"{name:12} " + "   ".join(cells))
     for w, one in claim["velocity"].items():
         lines.append(f"w = {w}: error of the velocity {one['of_variance']:.2%} of its variance; without guidance "
-                     f"{one['guidance_of_variance']:.2%}")
+                     f"{one['guidance_of_variance']:.2%}; goes {one['goes']:.2f} times v_c - v_u")
     lines.append(f"control: {claim['one_pass']['control']}")
     lines.append(f"(a) one pass equals two: {claim['one_pass']['verdict']}")
     lines += [f"{arm}: error 28 x 28 and wide " + ", ".join(f"{r['native']:.4f} {r['wide']:.4f}" for r in arms)
               for arm, arms in claim["arms"].items()]
+    lines += [f"{arm}, digit on the {where}: own columns and paper " + ", ".join(
+        f"{row[where]['own']:.4f} {row[where]['paper']:.4f}" for row in arms)
+        for arm, arms in claim["arms"].items() for where in ("left", "middle", "right")]
     lines.append(f"(b) ratios {claim['extrapolates']['ratios']}: {claim['extrapolates']['verdict']}")
     for kind in ("held-out", "seen"):
         lines.append(f"{kind}: " + "  ".join(f"{key} {value:.3f}" for key, value in claim["captions"][kind].items()))
@@ -363,8 +378,6 @@ def pictures(run, path):
 
 def draw_from(flow, net, words, said, n, how):
     """The image of one caption from this noise."""
-    from sample import velocity
-
     return flow.sample(velocity(net, words, [said], how), n.to(next(net.parameters()).device), flow.grid(how.steps, 49))
 
 

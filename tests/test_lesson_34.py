@@ -673,20 +673,20 @@ def test_sizes_and_captions_are_judged_as_the_criteria_say(rotary, held, extrapo
 def test_wide_canvases_hold_the_same_digits():
     reproduce = load("lesson_34", "reproduce")
     x = torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    wide = reproduce.widened(x, 44)
+    left = torch.randint(17, (40,), generator=torch.Generator().manual_seed(0))
+    wide = reproduce.widened(x, left, 44)
     assert wide.shape == (40, 1, 28, 44) and (wide == -1).sum((1, 2, 3)).min() == 28 * 16
-    left = [(one[0, 0] != -1).nonzero()[0].item() for one in wide]
-    assert all(torch.equal(one[..., i:i + 28], image) for one, i, image in zip(wide, left, x))
-    assert len(set(left)) > 8 and min(left) >= 0 and max(left) <= 16
+    assert all(torch.equal(one[..., i:i + 28], image) for one, i, image in zip(wide, left.tolist(), x))
 
 
 def test_error_on_a_canvas_is_that_of_the_velocity():
     reproduce, flow = load("lesson_34", "reproduce"), RectifiedFlow()
     x0, c = torch.rand(200, 1, 28, 28) * 2 - 1, torch.zeros(200, 5).long()
     net = lambda x, t, c, w: torch.zeros_like(x)
-    assert reproduce.error(flow, net, x0, c, 0, "cpu") == pytest.approx(1 + float(x0.square().mean()), rel=0.01)
+    errors = reproduce.errors(flow, net, x0, c, 0, "cpu")
+    assert errors.shape == (200, 28) and float(errors.mean()) == pytest.approx(1 + float(x0.square().mean()), rel=0.01)
     exact = lambda x, t, c, w: (x - 0.5) / t[:, None, None, None]
-    assert reproduce.error(flow, exact, torch.full_like(x0, 0.5), c, 0, "cpu") < 1e-9
+    assert reproduce.errors(flow, exact, torch.full_like(x0, 0.5), c, 0, "cpu").max() < 1e-7
 
 
 def test_a_block_in_sequence_has_the_same_attention():
