@@ -22,7 +22,8 @@ Samples are drawn with the captions of test images, without guidance, by Euler's
     thickness and slant (of which training had no image and no caption): the digit is right in at least 95 %, the
     thickness in at least 80 % and the slant in at least 80 % of the samples, means over three sampling seeds.
 
-Measured without a verdict: (d) with encoders left out, the loss by t, the attention between the streams, other times.
+Measured without a verdict: (d) with encoders left out, the loss by t, the attention between the streams; and, added
+after a first run in which (c) failed, a CrossDiT of as many blocks as MMDiT, which tells depth from streams.
 """
 
 import functools
@@ -60,7 +61,7 @@ from utils import (
 from utils import captions as text
 
 FORMS = ("eps-linear", "v-cosine", "edm", "rf-uniform", "rf-lognormal")
-OURS, CROSS = "rf-lognormal", "CrossDiT"
+OURS, CROSS, SHALLOW = "rf-lognormal", "CrossDiT", "CrossDiT, as many blocks"
 
 
 # ------------------------------------------------------------------ the opponents
@@ -163,9 +164,17 @@ class CrossBlock(nn.Module):
 class CrossDiT(MMDiT):
     """The same network around other blocks, one and a half times as many: as many parameters."""
 
+    more = 1.5
+
     def __init__(self, *args, dim, depth, heads, qk_norm=True, **kwargs):
         super().__init__(*args, dim=dim, depth=0, heads=heads, qk_norm=qk_norm, **kwargs)
-        self.blocks = nn.ModuleList(CrossBlock(dim, heads, qk_norm) for _ in range(depth + depth // 2))
+        self.blocks = nn.ModuleList(CrossBlock(dim, heads, qk_norm) for _ in range(int(self.more * depth)))
+
+
+class ShallowCrossDiT(CrossDiT):
+    """As many blocks as MMDiT: two thirds of the parameters, and about as much computed."""
+
+    more = 1
 
 
 # ------------------------------------------------------------------ the whole of it
@@ -174,7 +183,7 @@ def main(argv=None):
     cfg, begin = run.config.reproduce, time.perf_counter()
     run.settings.publish &= not (cfg.quick or cfg.smoke)
     run.open_folder("claim")
-    jobs = [(run.argv, arm, seed) for seed in range(cfg.seeds) for arm in (*FORMS, CROSS)]
+    jobs = [(run.argv, arm, seed) for seed in range(cfg.seeds) for arm in (*FORMS, CROSS, SHALLOW)]
     rows = []
     for row in parallel(measure, jobs, cfg.workers):
         run.say("{arm:13} seed {seed}: ".format(**row) + "  ".join(
@@ -199,8 +208,9 @@ def main(argv=None):
 
 def make(arm):
     """Process and network class of an arm."""
-    if arm in ("rf-uniform", OURS, CROSS):
-        return RectifiedFlow("uniform" if arm == "rf-uniform" else "logit-normal"), CrossDiT if arm == CROSS else MMDiT
+    if arm in ("rf-uniform", OURS, CROSS, SHALLOW):
+        network = {CROSS: CrossDiT, SHALLOW: ShallowCrossDiT}.get(arm, MMDiT)
+        return RectifiedFlow("uniform" if arm == "rf-uniform" else "logit-normal"), network
     return Baseline(arm), MMDiT
 
 
@@ -209,8 +219,9 @@ def train_arm(run, arm, seed):
     cfg, (process, network) = run.config.reproduce, make(arm)
     sections = ("mmdit", "captions", "train", "gpu", "device", "smoke")
     own = [a for a in run.argv if a.split("=")[0].split(".")[0] in sections]
+    folder = run.folder / f"{arm.replace(', as many blocks', '-shallow')}_{seed}"
     size = [] if cfg.smoke else [f"mmdit.dim={cfg.dim}", f"mmdit.heads={cfg.heads}"]
-    return trained(functools.partial(train.main, process=process, network=network), run.folder / f"{arm}_{seed}", [
+    return trained(functools.partial(train.main, process=process, network=network), folder, [
         *own, *size, f"steps={cfg.steps}", f"batch_size={cfg.batch_size}", f"seed={seed}", "preview_every=0",
         f"snapshots={cfg.steps // cfg.snapshots if arm == OURS else 0}"], run.lesson)
 
@@ -236,7 +247,7 @@ def measured(run, path, arm, seed):
     if arm in FORMS:
         for steps in cfg.sample_steps:
             row[f"fid_{steps}"] = fid(process, net, words, steps, cfg.n)
-    if arm in (OURS, CROSS):
+    if arm in (OURS, CROSS, SHALLOW):
         row["validation"] = float(validation(net, words, cfg).mean())
     if arm == OURS:
         few = min(cfg.sample_steps, key=lambda steps: abs(steps - 25))
@@ -300,9 +311,9 @@ def loss_tells(rows):
 
 def streams(rows):
     """Validation losses and parameters of the two networks."""
-    loss = {arm: [row["validation"] for row in rows if row["arm"] == arm] for arm in (OURS, CROSS)}
-    parameters = {arm: next(row["parameters"] for row in rows if row["arm"] == arm) for arm in (OURS, CROSS)}
-    gap, spread = statistics.mean(loss[CROSS]) - statistics.mean(loss[OURS]), pooled(*loss.values())
+    loss = {arm: [row["validation"] for row in rows if row["arm"] == arm] for arm in (OURS, CROSS, SHALLOW)}
+    parameters = {arm: next(row["parameters"] for row in rows if row["arm"] == arm) for arm in loss}
+    gap, spread = statistics.mean(loss[CROSS]) - statistics.mean(loss[OURS]), pooled(loss[OURS], loss[CROSS])
     equal = abs(parameters[OURS] / parameters[CROSS] - 1) < 0.03
     return {"validation": loss, "parameters": parameters, "gap": gap, "pooled_std": spread,
             "holds": equal and all(a < b for a, b in zip(loss[OURS], loss[CROSS])) and gap > 3 * spread}
@@ -369,7 +380,7 @@ def printed(claim):
               for arm, one in a["fid"].items()]
     lines += [f"(b) {b['verdict']}; Spearman " + ", ".join(f"{value:.3f}" for value in b["spearman"])]
     lines += [f"(c) {c['verdict']}"]
-    lines += [f"    {arm:13} {c['parameters'][arm]} parameters, validation loss " + ", ".join(f"{v:.5f}" for v in one)
+    lines += [f"    {arm:24} {c['parameters'][arm]} parameters, validation loss " + ", ".join(f"{v:.5f}" for v in one)
               for arm, one in c["validation"].items()]
     lines += [f"(d) {d['verdict']}"] + [f"    {name:22} " + "  ".join(f"{key} {v:.3f}" for key, v in one.items())
                                         for name, one in d["mean"].items()]
@@ -382,20 +393,22 @@ def plot(claim, path):
     for i, (arm, one) in enumerate(claim["formulations"]["fid"].items()):
         left.errorbar(list(one), [statistics.mean(v) for v in one.values()], [deviation(v) for v in one.values()],
                       fmt="o-", ms=4, color=f"C{i}", label=arm)
-    left.axhline(claim["floor"], color="grey", ls=":", lw=1)
-    left.set(xscale="log", yscale="log", xlabel="steps = network calls", title="(a) which formulation?",
-             ylabel=f"FID, n = {claim['n']} (dotted: floor)")
-    left.set_xticks(list(one), [str(steps) for steps in one], minor=False)
+    left.set(xscale="log", xlabel="steps = network calls", title="(a) which formulation?",
+             ylabel=f"FID, n = {claim['n']}; floor {claim['floor']:.2f}")
+    left.set_xticks(list(one), [str(steps) for steps in one])
+    left.minorticks_off()
     left.legend(fontsize=8)
     for row in (row for row in claim["rows"] if row["arm"] == OURS):
         middle.plot([s["validation"] for s in row["snapshots"]], [s["fid"] for s in row["snapshots"]], "o-", ms=4,
                     lw=0.7, label=f"training {row['seed'] + 1}")
-    middle.set(xlabel="validation loss", ylabel="FID", yscale="log", title="(b) does the loss tell the FID?")
+    middle.set(xlabel="validation loss", ylabel="FID", xscale="log", title="(b) does the loss tell the FID?")
+    middle.set_xticks([0.3, 0.4, 0.6, 1.0], ["0.3", "0.4", "0.6", "1"])
+    middle.minorticks_off()
     middle.legend(fontsize=8)
     for i, (arm, values) in enumerate(claim["streams"]["validation"].items()):
-        right.plot([i] * len(values), values, "o", color=f"C{4 - 4 * i}")
-    right.set(xlim=(-0.5, 1.5), ylabel="validation loss", title="(c) two streams or one?")
-    right.set_xticks([0, 1], ["MMDiT", CROSS])
+        right.plot([i] * len(values), values, "o", color=f"C{4 - i}")
+    right.set(xlim=(-0.5, 2.5), ylabel="validation loss", title="(c) two streams or one?")
+    right.set_xticks([0, 1, 2], ["MMDiT", CROSS, f"{CROSS},\nas many blocks"])
     for ax in (left, middle, right):
         ax.grid(alpha=0.3)
     return save_figure(fig, path)
@@ -435,7 +448,7 @@ def plot_attention(run, path):
     net(RectifiedFlow().q_sample(x0, half, n), 1000 * half, c)
     for hook in hooks:
         hook.remove()
-    fig, axes = figure(1, len(maps), width=3.4, height=3.4)
+    fig, axes = figure(1, len(maps), width=4.0, height=4.6)
     length = c.shape[2]
     names = ["start", *said[0].split()]
     for i, (ax, one) in enumerate(zip(axes, maps)):
@@ -444,8 +457,8 @@ def plot_attention(run, path):
         ax.axvline(length - 0.5, color="white", lw=1)
         share = one[length:, :length].sum(1).mean()
         ax.set_title(f"block {i + 1}: image gives text {100 * share:.0f} %", fontsize=9)
-        ax.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-        ax.set_yticks(range(len(names)), names, fontsize=6)
+        ax.set_xticks(range(len(names)), names, rotation=90, fontsize=5)
+        ax.set_yticks(range(len(names)), names, fontsize=5)
     return save_figure(fig, path)
 
 

@@ -382,6 +382,7 @@ def test_the_two_networks_have_as_many_parameters():
     ours, cross = MMDiT(**sizes), reproduce.CrossDiT(**sizes)
     count = lambda net: sum(p.numel() for p in net.parameters())
     assert abs(count(ours) / count(cross) - 1) < 0.03 and len(cross.blocks) == 6
+    assert len(reproduce.ShallowCrossDiT(**sizes).blocks) == 4
     c = model.for_encoders(torch.tensor([[1, 5, 6] + [0] * 7] * 2), torch.tensor([1] + [0] * 9))
     x, t = torch.randn(2, 1, 28, 28), torch.tensor([300.0, 700.0])
     assert cross(x, t, c).abs().max() == 0
@@ -412,6 +413,7 @@ def made_up(changes=(), validation=(0.10, 0.101, 0.102), cross=(0.12, 0.121, 0.1
                     {"step": i, "fid": 50.0 - i, "validation": 0.5 - i / 100} for i in range(8)]}
             rows.append(row)
         rows.append({"arm": reproduce.CROSS, "seed": seed, "parameters": 1010, "validation": cross[seed]})
+        rows.append({"arm": reproduce.SHALLOW, "seed": seed, "parameters": 700, "validation": 0.05 * seed})
     return rows
 
 
