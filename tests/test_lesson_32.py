@@ -303,6 +303,7 @@ def test_one_batch_is_overfitted_to_0():
     (lambda: RectifiedFlow().grid(0), "steps"), (lambda: RectifiedFlow().grid(4, 0), "shift"),
     (lambda: MMDiT(**{**SMALL, "heads": 3}), "heads"), (lambda: MMDiT(**{**SMALL, "dim": 18}), "dim"),
     (lambda: started()(torch.zeros(1, 1, 9, 8), torch.ones(1), torch.zeros(1, 3, 6).long()), "patch"),
+    (lambda: model.sincos_2d(16, 4, 7, 6), "grid=6"),
 ])
 def test_what_it_does_not_know_is_refused(call, what):
     with pytest.raises(ValueError, match=what):
@@ -443,8 +444,8 @@ def test_loss_and_streams_are_judged_as_the_criteria_say():
                                   for row in made_up()])["holds"]
     row = {"held out": {"accuracy": 0.96, "thickness": 0.85, "slant": 0.85}}
     assert reproduce.followed([row] * 3)["holds"]
-    for key, value in (("accuracy", 0.9), ("thickness", 0.7), ("slant", 0.7)):
-        assert not reproduce.followed([row, {"held out": row["held out"] | {key: value}}, row])["holds"] or value == 0.9
+    for key, value in (("accuracy", 0.9), ("thickness", 0.6), ("slant", 0.6)):
+        assert not reproduce.followed([row, {"held out": row["held out"] | {key: value}}, row])["holds"]
     assert not reproduce.followed([{"held out": row["held out"] | {"accuracy": 0.94}}] * 3)["holds"]
 
 
@@ -608,3 +609,124 @@ if __name__ == "__main__":
     import diffusers
 
     FIXTURE.write_text(json.dumps(make_fixture(diffusers)) + "\n")
+
+
+def test_pooled_text_is_a_bag_without_padding():
+    text, c = model.TextEncoders(12, 5, (4, 6), 8, 2), torch.tensor([[[1, 5, 3, 0, 0]] * 3])
+    for bag, part in zip(text.bags, text(c)[1].split([4, 6], dim=1), strict=True):
+        assert torch.allclose(part[0], bag.weight[[1, 5, 3]].mean(0), atol=1e-6)
+
+
+# ------------------------------------------------------------------ train.py, sample.py
+KEYS = ["smoke=true", "gpu=false", "device=cpu", "threads=1"]
+
+
+def test_training_drops_at_the_configured_rate_and_previews_are_guided(tmp_path, monkeypatch):
+    train, rates, weights = load("lesson_32", "train"), [], []
+    drop, guide = train.for_encoders, train.guided
+    monkeypatch.setattr(train, "for_encoders", lambda c, null, p=0.0: rates.append(p) or drop(c, null, p))
+    monkeypatch.setattr(train, "guided", lambda net, c, null, w: weights.append((w, len(c))) or guide(net, c, null, w))
+    train.main([*KEYS, "drop=0.3", f"runs={tmp_path}"])
+    assert [p for p in rates if p] == [0.3] * 6 and weights == [(3.0, 40)] * 2           # six steps, two previews
+
+
+def drawn(w, encoders=(1, 1, 1), **batch):
+    """Three images of three captions by a small network, from the same noise."""
+    sample, flow, words = load("lesson_32", "sample"), RectifiedFlow(), reproduce.text.Tokenizer(WORDS, 6)
+    n = torch.randn(3, 1, 8, 8, generator=seeded(0))
+    return sample.draw(flow, started(length=6), words, ["1", "2", "3"], n, flow.grid(2), w, encoders, **batch)
+
+
+WORDS = reproduce.text.WORDS[:18]
+
+
+def test_samples_are_guided_and_every_noise_has_its_caption():
+    x = {w: drawn(w) for w in (0.0, 1.0, 3.0)}
+    assert min((x[a] - x[b]).abs().max() for a, b in ((0.0, 1.0), (1.0, 3.0), (0.0, 3.0))) > 1e-2
+    assert torch.allclose(x[0.0], drawn(1.0, (0, 0, 0)), atol=1e-5)
+    for size in (1, 2):                                                          # batches take their own captions
+        assert torch.allclose(drawn(3.0, batch=size), x[3.0], rtol=1e-3, atol=1e-3)
+
+
+def test_sample_py_uses_its_shift_its_guidance_and_the_captions_of_test_images(tmp_path, monkeypatch):
+    sample, seen = load("lesson_32", "sample"), []
+    monkeypatch.setattr(sample, "draw", lambda flow, net, words, texts, n, grid, w, encoders, batch: seen.append(
+        (texts, grid.tolist(), w, list(encoders))) or torch.zeros(len(n), 1, 28, 28))
+    monkeypatch.setattr(sample, "score", lambda x, digit: {"fid": 0.0})
+    monkeypatch.setattr(sample, "report", str)
+    monkeypatch.setattr(sample.captions, "follow", lambda x, texts: {})
+    sample.main(["device=cpu", "weights=published", "n=64", "steps=3", "shift=3", "official=true", "guidance=2.5",
+                 "encoders=[1, 0, 1]", "metrics=true", f"runs={tmp_path}"])
+    texts, grid, w, encoders = seen[0]
+    assert grid == RectifiedFlow().grid(3, 3.0, official=True).tolist() and (w, encoders) == (2.5, [1, 0, 1])
+    test = reproduce.text.captioned("test", limit=64, without_held_out=False).captions
+    assert texts == [said[0] for said in test]
+
+
+# ------------------------------------------------------------------ reproduce.py
+def test_arms_are_what_their_names_say():
+    arms = {arm: reproduce.make(arm) for arm in (*reproduce.FORMS, reproduce.CROSS)}
+    assert {arm: process.times.density for arm, (process, _) in arms.items()} == {
+        "eps-linear": "uniform", "v-cosine": "uniform", "edm": "uniform", "rf-uniform": "uniform",
+        "rf-lognormal": "logit-normal", "CrossDiT": "logit-normal"}
+    assert [arms[form][0].form for form in BASELINES] == list(BASELINES)
+    assert [arm for arm, (_, network) in arms.items() if network is reproduce.CrossDiT] == ["CrossDiT"]
+
+
+def test_cross_blocks_look_at_image_and_text_and_leave_the_text_alone():
+    torch.manual_seed(0)
+    block, x = reproduce.CrossBlock(16, 2), torch.randn(2, 6, 16)
+    context, emb = torch.randn(2, 5, 16), torch.randn(2, 2, 16)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    after, same = block(x, context, emb)
+    assert same is context
+    moved = x.clone()
+    moved[:, 0] = torch.randn(16)
+    assert (block(moved, context, emb)[0] - after)[:, 1:].abs().amax((0, 2)).min() > 1e-4          # the other tokens
+    assert (block(x, torch.randn(2, 5, 16), emb)[0] - after).abs().amax((0, 2)).min() > 1e-4
+
+
+class Zero(torch.nn.Module):
+    """Says 0 and keeps the times it was asked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.zeros(1)), []
+
+    def forward(self, x, t, c):
+        self.seen.append(t[0].item())
+        return 0 * x
+
+
+def test_validation_is_at_evenly_spaced_times():
+    net, words = Zero(), reproduce.text.Tokenizer(length=10)
+    loss = reproduce.validation(net, words, Section(validation=16, levels=4))
+    assert net.seen == [125, 375, 625, 875]
+    x0 = reproduce.text.captioned("test", 1, limit=16, without_held_out=False).first(16)[0]
+    assert loss.tolist() == pytest.approx([1 + x0.square().mean().item()] * 4, rel=0.05)
+
+
+def test_fid_is_of_test_captions_without_guidance_from_the_same_noise(monkeypatch):
+    seen = []
+    monkeypatch.setattr(reproduce, "draw", lambda process, net, words, said, n, grid, w: seen.append((said, n, w)))
+    monkeypatch.setattr(reproduce, "fid_to_test", lambda x: 0.0)
+    for arm in ("edm", reproduce.OURS):
+        reproduce.fid(reproduce.make(arm)[0], None, None, 5, 64)
+    (said, n, w), (again, same, other) = seen
+    assert said == again and torch.equal(n, same) and (w, other) == (1.0, 1.0) and len(said) == 64
+
+
+def test_captions_are_asked_for_as_the_criterion_says(monkeypatch):
+    monkeypatch.setattr(reproduce, "published", lambda run: (RectifiedFlow(), None, None))
+    monkeypatch.setattr(reproduce, "draw", lambda flow, net, words, said, n, grid, w, encoders: (w, encoders))
+    monkeypatch.setattr(reproduce.text, "follow",
+                        lambda how, said: (how, reproduce.text.read_caption(said[0])[0], said))
+    row = reproduce.ask(["smoke=true", "asked=40"], 0)
+    for name, (how, _, said) in row.items():
+        triples = [one[0] for one in map(reproduce.text.read_caption, said)]
+        assert all(bool(reproduce.text.held_out(one["digit"], one["thickness"], one["slant"])) == (name != "seen")
+                   for one in triples) and len(said) == 40
+    assert {name: how for name, (how, _, _) in row.items()} == {
+        "held out": (3.0, (1, 1, 1)), "held out, w = 1": (1.0, (1, 1, 1)), "seen": (3.0, (1, 1, 1)),
+        "held out, no tokens": (3.0, (1, 1, 0)), "held out, tokens only": (3.0, (0, 0, 1))}

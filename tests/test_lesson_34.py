@@ -289,7 +289,7 @@ def test_sampler_asks_at_the_times_of_the_grid_and_gives_the_image_behind():
     path = list(flow.reverse(net, torch.ones(1, 1, 1, 1), flow.grid(4, 49)))
     assert asked == pytest.approx(flow.grid(4, 49)[:-1].tolist()) and [t for t, _, _ in path] == pytest.approx(asked)
     assert all(x0.item() == pytest.approx(0, abs=1e-6) for _, _, x0 in path)             # the line ends at 0
-    assert torch.equal(path[-1][1], path[-1][1]) and path[-1][1].item() == pytest.approx(0, abs=1e-6)
+    assert torch.allclose(path[-1][1], path[-1][2], atol=1e-6) and path[-1][1].item() == pytest.approx(0, abs=1e-6)
 
 
 # ------------------------------------------------------------------ loss, guidance, distillation
@@ -708,3 +708,89 @@ if __name__ == "__main__":
     import diffusers
 
     FIXTURE.write_text(json.dumps(make_fixture(diffusers)) + "\n")
+
+
+def test_training_drops_captions_and_draws_a_weight_for_every_sample(tmp_path, monkeypatch):
+    train, rates, asked, made, fresh = load("lesson_34", "train"), [], [], {}, []
+    drop, guide, average, adam = train.drop, train.guided, train.EMA, torch.optim.Adam
+
+    def spy(net, c, null, w):
+        fresh.append((len(made["adam"].state), int(made["ema"].n_averaged)))
+        asked.append((c, null, w))
+        return guide(net, c, null, w)
+
+    monkeypatch.setattr(train, "drop", lambda c, null, p: rates.append(p) or drop(c, null, p))
+    monkeypatch.setattr(train, "guided", spy)
+    monkeypatch.setattr(train, "EMA", lambda *args: made.setdefault("ema", average(*args)))
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **keys: made.setdefault("adam", adam(*args, **keys)))
+    train.main([*KEYS, "drop=0.3", "guidance=[2, 5]", f"runs={tmp_path}"])
+    assert rates == [0.3] * 6 and len(asked) == 3       # three steps of the teacher, three of the student
+    w = torch.cat([w for _, _, w in asked])
+    assert len(set(w.tolist())) == 24 and w.min() >= 2 and w.max() <= 5 and w.std() > 0.5
+    assert all(null.shape == c.shape and not null[:, 1:].any() for c, null, _ in asked)  # the empty caption
+    assert fresh[0] == (0, 0)                          # the student's optimizer and average begin anew
+
+
+@torch.no_grad()
+def test_velocity_is_one_pass_at_w_or_two_that_w_combines():
+    sample, net, (x, t, _) = load("lesson_34", "sample"), stirred(Flux(**SMALL)), batch()
+    words = sample.Tokenizer(("<pad>", "<start>", "0", "1", "2", "3"), 5)
+    c, null = words(["1", "2", "3"]), words([""]).expand(3, -1)
+    how = lambda model, w: Section(model=model, guidance=w)
+    once = sample.velocity(net, words, ["1", "2", "3"], how("student", 4.0))
+    assert torch.equal(once(x, t), net(x, t, c, torch.full((3,), 4.0)))
+    ones = torch.ones(3)
+    expected = net(x, t, null, ones) + 4 * (net(x, t, c, ones) - net(x, t, null, ones))
+    assert torch.allclose(sample.velocity(net, words, ["1", "2", "3"], how("teacher", 4.0))(x, t), expected, atol=1e-3)
+
+
+def test_arms_of_the_claim(monkeypatch):
+    reproduce, seen = load("lesson_34", "reproduce"), []
+    monkeypatch.setattr(reproduce, "loaded", lambda run, path, model="student": (None, model, None))
+    monkeypatch.setattr(reproduce, "draw", lambda flow, net, words, said, how, generator: seen.append(
+        (net, how.model, how.guidance, generator.initial_seed(), said)) or torch.zeros(len(said), 1, 28, 28))
+    monkeypatch.setattr(reproduce, "fid_to_test", lambda x: 0.0)
+    monkeypatch.setattr(reproduce, "follow", lambda x, said: {})
+    row = reproduce.compare(["n=100", "guidance=[2, 4]"], None, 7)
+    assert list(row["arms"]) == ["student 2", "teacher 2", "student 4", "teacher 4", "plain 1"]
+    assert [one[:4] for one in seen] == [(name, name, w, 7) for name, w in (
+        ("student", 2), ("teacher", 2), ("student", 4), ("teacher", 4), ("teacher", 1), ("student", 3), ("student", 3))]
+    for said, kept in ((seen[-2][4], True), (seen[-1][4], False)):          # held-out triples, then seen ones
+        triples = [reproduce_caption(one) for one in said]
+        assert len(said) == 160 and all(held_out(*one) == kept for one in triples)
+
+
+def reproduce_caption(text):
+    from utils import read_caption
+
+    one = read_caption(text)[0]
+    return one["digit"], one["thickness"], one["slant"]
+
+
+def test_error_of_the_velocity_is_a_share_of_its_variance_and_of_guidance(monkeypatch):
+    reproduce = load("lesson_34", "reproduce")
+    noise = torch.randn(4000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    teacher = 2 * noise + 50 + 10 * torch.arange(2.0)
+    monkeypatch.setattr(reproduce, "answers", lambda run, path, w: (teacher, teacher + 0.2, teacher + 1))
+    run = Section(config=Section(reproduce=Section(guidance=[1.0, 4.0])))
+    rows = reproduce.velocities(run, None)
+    assert rows["4"]["of_variance"] == pytest.approx(0.04 / 4, rel=0.05)    # at each pixel, not over the pixels
+    assert rows["4"]["guidance_of_variance"] == pytest.approx(1 / 4, rel=0.05)
+    assert rows["4"]["of_guidance"] == pytest.approx(0.04, rel=0.01)
+    assert rows["1"]["of_guidance"] is None
+
+
+def test_arms_of_the_canvas_learn_moved_digits_without_a_student(monkeypatch):
+    reproduce, seen = load("lesson_34", "reproduce"), []
+
+    def stop(main, folder, argv, lesson):
+        seen.append(argv)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "trained", stop)
+    for arm in reproduce.ARMS:
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.extrapolate(["smoke=true"], arm, 2)
+    rotary, table = seen
+    assert {"places=rotary", "kind=placed", "stages=[1, 0]", "seed=2"} <= set(rotary)
+    assert [one.replace("table", "rotary") for one in table] == rotary      # nothing else differs
