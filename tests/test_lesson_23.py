@@ -118,14 +118,18 @@ def test_positions_are_fixed():
     assert not any("pos" in name for name in DiT(**SMALL).state_dict()) and model.sincos_2d(16, 7, 7).grad_fn is None
 
 
-def test_network_takes_an_image_that_is_not_square():
-    # Turning image and table over gives the turned output: rows and columns are not mixed up anywhere.
+def test_network_takes_an_image_that_is_not_square(monkeypatch):
+    # Turning the image over, and with it what the table says of rows and columns, turns the output over.
     torch.manual_seed(0)
-    net, x = filled(DiT(**{**SMALL, "patch": 2})).eval(), torch.randn(2, 1, 8, 12)
+    net, x = filled(DiT(**{**SMALL, "patch": 1})).eval(), torch.randn(2, 1, 4, 6)
     y = net(x, times(3, 700), times(1, 10))
-    assert y.shape == (2, 2, 8, 12)
+    table = model.sincos_2d
+    asked = []
+    monkeypatch.setattr(model, "sincos_2d",
+                        lambda dim, h, w: asked.append((h, w)) or table(dim, h, w).roll(dim // 2, 1))
     tall = net(x.transpose(2, 3), times(3, 700), times(1, 10))
-    assert tall.shape == (2, 2, 12, 8) and not torch.allclose(tall.transpose(2, 3), y, atol=1e-3)
+    assert y.shape == (2, 2, 4, 6) and asked == [(6, 4)] and torch.allclose(tall.transpose(2, 3), y, atol=1e-4)
+    assert not torch.allclose(net(x.flip(3), times(3, 700), times(1, 10)).flip(3), y, atol=1e-3)   # places matter
 
 
 def test_times_are_told_apart():
@@ -497,3 +501,53 @@ if __name__ == "__main__":
     import diffusers
 
     FIXTURE.write_text(json.dumps(make_fixture(diffusers), indent=0) + "\n")
+
+
+@pytest.mark.parametrize("low, high, clear", [
+    ((1.0, 1.1, 1.2), (2.0, 2.1, 2.2), True), ((1.0, 1.1, 1.2), (1.2, 1.3, 1.4), False),
+    ((1.0, 1.1, 5.0), (9.0, 9.1, 4.9), False), ((2.0, 2.1, 2.2), (1.0, 1.1, 1.2), False),
+    ((0.0,) * 16, (1.0,) * 15 + (-0.01,), False)])                          # far apart on the whole, lost in one seed
+def test_clearly_is_every_seed_and_three_deviations(low, high, clear):
+    assert load("lesson_23", "reproduce").clearly(low, high) == clear
+
+
+def test_the_published_network_must_be_the_lower_one_in_c(monkeypatch):
+    reproduce, fids = load("lesson_23", "reproduce"), {"published": (1.0, 1.1, 1.2), "larger": (3.0, 3.1, 3.2)}
+    monkeypatch.setattr(reproduce, "published", lambda run: "published")
+    monkeypatch.setattr(reproduce, "train_arm", lambda *args: "path")
+    monkeypatch.setattr(reproduce, "Weights", lambda *args: None)
+    monkeypatch.setattr(reproduce, "load", lambda run, weights: "larger")
+    monkeypatch.setattr(reproduce, "scores", lambda run, process, seed: {"fid": fids[process][seed]})
+    from utils import Section
+
+    run = Section(config=Section(reproduce=Section(long_size="7/96", seeds=3)), argv=[], name="lesson_23")
+    assert reproduce.longer(run)["holds"]
+    fids["published"], fids["larger"] = fids["larger"], fids["published"]
+    assert not reproduce.longer(run)["holds"]
+
+
+def test_samples_and_their_animation_are_guided(tmp_path, monkeypatch):
+    sample, asked = load("lesson_23", "sample"), []
+    guide = sample.guided
+    monkeypatch.setattr(sample, "guided", lambda net, c, null, w: (
+        asked.append((c.tolist(), null.tolist(), w)) or guide(net, c, null, w)))
+    sample.main(["device=cpu", "threads=1", "weights=published", "n=3", "steps=2", "guidance=2.5", "labels=3,1",
+                 "gif=way.gif", f"runs={tmp_path}"])
+    assert asked == [([3, 1, 3], [10, 10, 10], 2.5)] * 2
+
+
+def test_training_drops_labels_to_the_null_class(tmp_path, monkeypatch):
+    train, asked = load("lesson_23", "train"), []
+    monkeypatch.setattr(train, "drop", lambda c, null, p: asked.append((null.tolist(), p)) or drop(c, null, p))
+    train.main(["smoke=true", "gpu=false", "device=cpu", "threads=1", "preview_every=0", "drop=0.3",
+                f"runs={tmp_path}"])
+    assert asked == [([10] * 8, 0.3)] * 6
+
+
+def test_gates_are_the_third_and_the_sixth():
+    block_names, net = ("gate_attention_0", "gate_mlp_0"), filled(DiT(**SMALL))
+    with torch.no_grad():
+        net.blocks[0].adaln[1].weight.zero_()
+        net.blocks[0].adaln[1].bias.copy_(torch.tensor([1.0, 2, -3, 4, 5, -6]).repeat_interleave(16))
+    found = load("lesson_23", "train").gates(net, torch.device("cpu"))
+    assert [found[name].item() for name in block_names] == pytest.approx([3, 6])
