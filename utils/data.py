@@ -45,7 +45,7 @@ class Digits:
 
     def __init__(self, images, labels, batch_size=64, seed=0):
         if not 0 < batch_size <= len(images):
-            raise UserError(f"batch_size={batch_size} must be between 1 and {len(images)}")
+            raise UserError(f"batch_size={batch_size} must be between 1 and {len(images)}, the number of images")
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
         self.steps_per_epoch = len(images) // batch_size
         self._epoch, self._order = None, None
