@@ -1,11 +1,8 @@
 """Draw digits with EDM's denoiser: Heun's method on 18 noise levels, and everything it is compared with.
 
     python sample.py                                     64 digits, 35 calls: your newest weights, else the published
-    python sample.py solver=euler levels=vp steps=50     DDIM's way: Euler on the VP schedule's noise levels
-    python sample.py churn=20 steps=40                   Algorithm 2: noise added and removed on the way
-    python sample.py gif=denoising.gif npz=samples.npz   the way there as an animation; the images as an array
-    python sample.py n=2048 metrics=true                 FID and the other scores
-    python sample.py figures=true                        the denoiser by sigma, the same start with more churn
+    python sample.py solver=euler levels=vp steps=50     DDIM's way; churn=20 steps=40: Algorithm 2, noise on the way
+    python sample.py n=2048 metrics=true figures=true    FID; the denoiser by sigma, the same start with more churn
 """
 
 import time
