@@ -272,6 +272,33 @@ def test_bound_adds_up_and_its_draws_are_spread():
     assert all(torch.equal(a, b) for a, b in zip(again, (reconstruction, prior, terms, times)))
 
 
+def test_loss_is_the_bound_of_the_batch():
+    # The mean of many draws of the loss is the mean of the bound; its diffusion part has a closed form here.
+    torch.manual_seed(0)
+    vdm, net = VDM(), Gaussian(bent())
+    x = 0.1 + 0.5 * torch.randn(64, 1, 28, 28)
+    vdm.encode = lambda x0: x0                                               # the network's Gaussian data, as they are
+    vdm.levels = lambda x0: VDM.levels(vdm, x0.clamp(-1, 1))
+    draws = torch.stack([torch.stack(vdm.loss(net, x)) for _ in range(20)]).double()
+    reconstruction, prior, terms, _ = vdm.bound(net, x, 8)
+    assert draws[:, 2].mean().item() == pytest.approx(net.diffusion(*ENDS), rel=0.02)
+    assert draws[:, 2].mean().item() == pytest.approx(terms.mean().item(), rel=0.02)
+    assert draws[:, 1].mean().item() == pytest.approx(prior.mean().item(), rel=1e-6)
+    assert draws[:, 0].mean().item() == pytest.approx(reconstruction[::8].mean().item(), rel=0.05)
+
+
+def test_measure_is_the_bound_in_batches():
+    vdm, net, x0 = VDM(), Gaussian(bent()), digits("test").first(5)[0]
+    found = load("lesson_13", "sample").measure(vdm, net, x0, 4, torch.Generator().manual_seed(3), batch=2)
+    noise = torch.Generator().manual_seed(3)
+    parts = [vdm.bound(net, part, 4, noise) for part in x0.split(2)]
+    expected = [torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]),
+                torch.cat([part[2] for part in parts]).mean(1)]
+    for key, value in zip(("reconstruction", "prior", "diffusion"), expected):
+        assert found[key].shape == (5,) and torch.allclose(found[key], value.double(), rtol=1e-6)
+    assert torch.allclose(found["bits_per_dim"], sum(expected).double(), rtol=1e-6)
+
+
 # ------------------------------------------------------------------ the gradient of gamma
 def gradients(loss, parameters):
     return [g.clone() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]
@@ -467,6 +494,54 @@ def test_steps_equal_the_fixture_of_diffusers():
 def test_steps_equal_diffusers():
     made = make_fixture(pytest.importorskip("diffusers", reason="pip install -e '.[reference]'"))
     assert torch.allclose(ours(), torch.tensor(made["path"]), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------ what the claim measures
+class Run:
+    """As much of a run as the claim's measurements ask for."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, **keys):
+        self.config = type("Config", (), {"reproduce": type("Cfg", (), keys)})
+
+
+def test_bent_network_answers_alike_on_another_course():
+    reproduce, net = load("lesson_13", "reproduce"), Gaussian(bent())
+    other, t = reproduce.Bent(net, "cosine", -10.0, 4.0), torch.linspace(0, 1, 5, dtype=torch.float64)
+    z, gamma = torch.randn(5, 1, 2, 2), torch.linspace(-5, 5, 5, dtype=torch.float64)
+    assert torch.equal(other(z, gamma), net(z, gamma))
+    course = lambda one: VDM().gamma(one, t)
+    assert torch.allclose(course(other), course(Gaussian(Schedule(-10.0, 4.0, False, "cosine"))))
+    assert not torch.allclose(course(other), course(net), atol=0.1)
+
+
+def test_invariance_measures_every_interior_between_the_ends_of_the_network(monkeypatch):
+    reproduce, net, seen = load("lesson_13", "reproduce"), Gaussian(bent()), {}
+    monkeypatch.setattr(reproduce, "published", lambda run, **process: (VDM(**process), net))
+    monkeypatch.setattr(reproduce, "images", lambda run: digits("test").first(4)[0])
+    monkeypatch.setattr(reproduce, "error_of_eps", lambda *args: None)
+    monkeypatch.setattr(reproduce, "interior_table", lambda terms: seen.update(terms) or {})
+    row, points, curves = reproduce.invariance(Run(seeds=2, draws=3))
+    assert list(seen) == ["learned", *reproduce.OTHERS, "control"] and "control" not in curves
+    assert (row["gamma_0"], row["gamma_1"]) == pytest.approx(ENDS)
+    noise = torch.Generator().manual_seed(1)                                 # the second seed, for every interior
+    again = VDM().bound(reproduce.Bent(net, "cosine", *ENDS), digits("test").first(4)[0], 3, noise)
+    assert seen["cosine"].shape == (2, 4, 3) and torch.allclose(seen["cosine"][1], again[2].double(), rtol=1e-6)
+    assert all(curve[[0, -1]].tolist() == pytest.approx(ENDS) for curve in curves.values())
+
+
+def test_bound_by_steps_is_that_of_each_number_of_steps(monkeypatch):
+    reproduce, asked = load("lesson_13", "reproduce"), []
+    monkeypatch.setattr(reproduce, "published", lambda run, T: (T, None))
+    monkeypatch.setattr(reproduce, "images", lambda run: torch.zeros(3, 1, 2, 2))
+    monkeypatch.setattr(reproduce, "measure", lambda vdm, net, x0, draws, noise: asked.append(
+        (vdm, draws, noise.initial_seed())) or {key: torch.full((3,), 10.0 - vdm) for key in (
+            *reproduce.TERMS, "bits_per_dim")})
+    row = reproduce.by_steps(Run(T=[2, 4], draws=5, seeds=2))
+    assert asked == [(T, 5, seed) for T in (2, 4, 0) for seed in (0, 1)]
+    assert row["bits"] == {"2": 8.0, "4": 6.0, "inf": 10.0}
+    assert row["terms"]["4"] == {key: 6.0 for key in reproduce.TERMS}
 
 
 # ------------------------------------------------------------------ the claim's arithmetic, on made-up numbers
