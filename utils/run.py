@@ -4,9 +4,6 @@ Configuration, device, precision, seed, processes, the folder of a run, logging,
 training loop itself stays in the lesson. Plain `python`, `torchrun` and `accelerate launch` all work.
 """
 
-import ast
-import functools
-import hashlib
 import io
 import json
 import math
@@ -28,6 +25,7 @@ from .config import OVERLAYS, Section, load
 from .device import auto_precision, device_name, peak_memory_mb
 from .errors import UserError, disk_error
 from .files import ROOT, atomic, lock, write_json
+from .syntax import code_hash
 
 FORMAT = "zero-to-hero checkpoint 1"
 FREE = ("runs", "publish", "resume", "preview_every", "save_every", "log_every")   # may change on --resume
@@ -625,29 +623,6 @@ def trained(train, folder, argv, lesson):
 def ramp(step, warmup, steps):
     """The learning rate's course as a factor: up from 0 in `warmup` steps, then down to 0 in a straight line."""
     return min((step + 1) / max(warmup, 1), 1.0) * (1 - step / steps)
-
-
-def code_hash(lesson, script=None):
-    """12 hex digits of the syntax trees of model.py and `script`.py (None: train.py); comments and docstrings free."""
-    paths = [Path(lesson) / f"{name}.py" for name in dict.fromkeys(("model", script or "train"))]
-    return hashlib.sha256("".join(_tree(path.read_text()) for path in paths if path.exists()).encode()).hexdigest()[:12]
-
-
-@functools.cache
-def _tree(source):
-    """Python source as the text of its syntax tree, the same from every Python (ast.dump and ast.unparse differ)."""
-    def text(node):
-        if isinstance(node, list):
-            return f"[{' '.join(map(text, node))}]"
-        if not isinstance(node, ast.AST):
-            return repr(node)
-        fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
-        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-        if documented and ast.get_docstring(node) is not None:
-            fields["body"] = node.body[1:]
-        return f"{type(node).__name__}({' '.join(f'{name}={text(value)}' for name, value in fields.items())})"
-
-    return text(ast.parse(source))
 
 
 def lesson_name(folder):
