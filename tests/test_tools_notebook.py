@@ -40,7 +40,7 @@ parent](../lesson_04/README.md) and [above](#the-idea). Not `[code](model.py)`, 
 <img src="results/small.png" width="9"> and ![big](results/big.png)
 
 <!-- cell: python
-print(Block().value, double(4), WIDTH)
+print(Block().value, double(4), WIDTH, Block.name)
 result["args"]
 -->
 <!-- cell: model.py -->
@@ -50,6 +50,9 @@ MODEL = '''\
 """A tiny model."""
 import math
 from functools import wraps
+
+import earlier                                       # lesson 04: Block
+from earlier import half                             # lesson 04
 # the width
 WIDTH = 3
 
@@ -65,14 +68,27 @@ def double(x):
     return 2 * x                                     # Eq. (2)
 
 
-class Block:
-    value = math.floor(2.5)
+class Block(earlier.Block):
+    value = math.floor(half(5))
 
 
 TABLE = {"block": Block}
 
 if __name__ == "__main__":
     print(double(WIDTH))
+'''
+
+EARLIER = '''\
+"""What the lesson takes from earlier ones."""
+
+
+# lesson_04/model.py
+def half(x):
+    return x / 2
+
+
+class Block:
+    name = "from earlier"
 '''
 
 TRAIN = '''\
@@ -100,7 +116,7 @@ def root(tmp_path):
     """A repository with one lesson."""
     lesson = tmp_path / "course" / "lesson_05"
     (lesson / "results").mkdir(parents=True)
-    for name, text in (("README.md", README), ("model.py", MODEL), ("train.py", TRAIN)):
+    for name, text in (("README.md", README), ("model.py", MODEL), ("earlier.py", EARLIER), ("train.py", TRAIN)):
         (lesson / name).write_text(text)
     (lesson / "results" / "small.png").write_bytes(PNG + bytes(100))
     (lesson / "results" / "big.png").write_bytes(PNG + bytes(notebook.MAX_PICTURE))
@@ -138,13 +154,15 @@ def test_build_makes_the_cells_in_order(root):
     assert "".join(kinds) == "mcmccmmcmcc"             # title, set-up, heading, 2 cells, fence, heading, ...
     setup, imports, names, train, python, whole = (cell.source for cell in cells(root, "code"))
     assert "google.colab" in setup and "lesson_05" in setup
-    assert imports == "import math\nfrom functools import wraps\n# the width\nWIDTH = 3"
+    assert imports == ("import math\nfrom functools import wraps\n\n"
+                       "import earlier                                       # lesson 04: Block\n"
+                       "from earlier import half                             # lesson 04\n# the width\nWIDTH = 3")
     assert names == ("def same(function):\n    return wraps(function)(lambda *args: function(*args))\n\n\n"
-                     "class Block:\n    value = math.floor(2.5)\n\n\n"
+                     "class Block(earlier.Block):\n    value = math.floor(half(5))\n\n\n"
                      "# Copied from lesson_04/model.py: double\n# (Eq. 2)\n"
                      "@same\ndef double(x):\n    return 2 * x                                     # Eq. (2)")
     assert train == 'import train\n\nresult = train.main(["steps=3", "name=a", *SMOKE])'
-    assert python == 'print(Block().value, double(4), WIDTH)\nresult["args"]'
+    assert python == 'print(Block().value, double(4), WIDTH, Block.name)\nresult["args"]'
     assert whole.startswith('"""A tiny model."""') and whole.endswith('TABLE = {"block": Block}')
     texts = [cell.source for cell in cells(root, "markdown")]
     assert "## not a heading, [not a link](model.py)\n<!-- cell: python not a marker -->" in texts[2]
@@ -202,6 +220,8 @@ def test_outputs_of_unchanged_cells_are_kept(root):
 
 @pytest.mark.parametrize("old, new, line, message", [
     ("Block double", "Blok double", 11, "model.py defines no Blok; did you mean Block?"),
+    ("Block double", "Block half", 11, "model.py only imports half: it stands in earlier.py now; leave it out"),
+    ("Block double", "Block wraps", 11, "model.py only imports wraps: it belongs to functools; leave it out"),
     ("model.py same", "modle.py same", 11, "no file modle.py in lesson_05"),
     ("cell: train", "cell: sample", 20, "no file sample.py"),
     ("train steps=3", "train steps", 20, "train takes key=value, not 'steps'"),
@@ -279,7 +299,7 @@ def test_execute_saves_clean_outputs_that_check_accepts(root, monkeypatch):
     train, python = cells(root, "code")[3:5]
     streams = {output.name: output.text for output in train.outputs}
     assert streams == {"stderr": "2/2\n", "stdout": "wrote lesson_05/runs/1\n"}
-    assert python.outputs[0].text == "2 8 3\n"
+    assert python.outputs[0].text == "2 8 3 from earlier\n"
     assert python.outputs[1].data["text/plain"] == "['steps=3', 'name=a']"
     assert [cell.execution_count for cell in cells(root, "code")] == [1, 2, 3, 4, 5, 6]
     assert str(root) not in path.read_text() and "iopub" not in path.read_text()

@@ -7,7 +7,8 @@
 
 The text of README.md becomes text cells, split at `## ` headings. Invisible markers become code cells:
 
-    <!-- cell: model.py imports -->                  imports and module-level constants of model.py
+    <!-- cell: model.py imports -->                  imports and module-level constants of model.py; what stands
+                                                     in earlier.py is imported like this, not shown
     <!-- cell: model.py ResBlock UNet -->            these definitions, verbatim, in this order
     <!-- cell: model.py -->                          the whole file without its `if __name__` block
     <!-- cell: train steps=300 -->                   result = train.main(["steps=300"]); also sample, reproduce
@@ -199,12 +200,14 @@ def definitions(path: Path, names: list[str]) -> str:
         return "\n".join(lines).strip("\n")
 
     known, imports, later = {}, [], set()            # later: names that need a definition of the file
+    taken = {}                                       # imported name: where from
     for node in body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             known[node.name] = span(node)
             later.add(node.name)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             imports.append(span(node))
+            taken.update({alias.asname or alias.name: getattr(node, "module", alias.name) for alias in node.names})
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             used = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
             targets = {part.id for part in used if isinstance(part.ctx, ast.Store)}
@@ -224,6 +227,10 @@ def definitions(path: Path, names: list[str]) -> str:
             pieces.append(block)
         elif name in known:
             pieces.append(text(*known[name]))
+        elif name in taken:
+            where = "stands in earlier.py now" if taken[name] == "earlier" else f"belongs to {taken[name]}"
+            raise NotebookError(f"{path.name} only imports {name}: it {where}; leave it out, "
+                                f"the cell `{path.name} imports` brings it")
         else:
             near = difflib.get_close_matches(name, known, 1)
             raise NotebookError(f"{path.name} defines no {name}" + (f"; did you mean {near[0]}?" if near else ""))
