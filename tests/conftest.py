@@ -4,7 +4,7 @@
     def test_x(launch):                launch(script, *argv) runs a script in a process of its own
 """
 
-import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import utils
-
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("earlier", "model", "train", "sample", "reproduce")
 torch.set_num_threads(1)
@@ -25,7 +23,8 @@ _loaded = {}                                           # lesson folder -> its mo
 
 # An editable install may stand in another clone: the tests of this one must not test its `utils`.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-assert Path(utils.__file__).is_relative_to(ROOT), f"these are the tests of {ROOT}, but utils is {utils.__file__}"
+UTILS = importlib.util.find_spec("utils").origin
+assert Path(UTILS).is_relative_to(ROOT), f"these are the tests of {ROOT}, but utils is {UTILS}"
 
 
 def load(lesson, name):
