@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from conftest import load
-from utils import Section
 
 model = load("lesson_05", "model")
 DDPM, UNet = model.DDPM, model.UNet
@@ -103,15 +102,14 @@ def test_variances_of_the_reverse_step():
     assert got.dtype == torch.float64
 
 
-@pytest.mark.parametrize("predict", ["noise", "mean"])
 @pytest.mark.parametrize("t", [0, 1, 30, 500])
-def test_round_trip_from_output_to_x0_and_mean(predict, t):
-    ddpm = DDPM(predict=predict)
+def test_round_trip_from_output_to_x0_and_mean(t):
+    ddpm = DDPM()
     x0, eps = torch.rand(3, 1, 4, 4) * 2 - 1, torch.randn(3, 1, 4, 4)
     t = torch.full((3,), t)
     xt = ddpm.q_sample(x0, t, eps)
     true_mean = ddpm.q_posterior(x0, xt, t, t - 1)
-    mean, got = ddpm.p_mean(lambda x, _: eps if predict == "noise" else true_mean, xt, t, t - 1, clip=False)
+    mean, got = ddpm.p_mean(lambda x, _: eps, xt, t, t - 1, clip=False)
     assert torch.allclose(got, x0, atol=2e-3)
     assert torch.allclose(mean, true_mean, atol=1e-5)
 
@@ -188,13 +186,11 @@ def test_discretised_decoder_has_gradients_far_away():
     assert torch.isfinite(mean.grad).all() and mean.grad[0] > 0 > mean.grad[1]
 
 
-def test_loss_of_exact_and_of_zero_prediction():
+def test_loss_of_zero_prediction():
     torch.manual_seed(0)
     x0 = torch.rand(4096, 1, 2, 2) * 2 - 1
     ddpm = DDPM()
     assert ddpm.loss(lambda x, t: torch.zeros_like(x), x0).item() == pytest.approx(1, abs=0.03)     # E eps^2
-    target = DDPM(predict="mean")
-    assert target.loss(lambda x, t: x, x0).item() < 0.05                        # mu-tilde is close to x_t
 
 
 def test_simple_loss_of_the_exact_network_is_known():
@@ -215,43 +211,6 @@ def test_network_is_told_the_time_that_the_image_was_noised_to():
         at_t = seen["x"][seen["t"] == t]
         assert len(at_t) == pytest.approx(10_000, rel=0.05)                     # t is uniform
         assert at_t.square().mean().item() == pytest.approx(1 - ddpm.abar[t].item(), rel=0.06)
-
-
-@pytest.mark.parametrize("objective", ["simple", "bound"])
-def test_losses_of_an_oracle_that_predicts_the_mean(objective):
-    torch.manual_seed(0)
-    ddpm, x0 = DDPM(50, predict="mean", objective=objective), torch.zeros(4000, 1, 1, 1)
-    loss = ddpm.loss(lambda x, t: ddpm.q_posterior(torch.zeros_like(x), x, t, t - 1), x0).item()
-    if objective == "simple":
-        assert loss == 0
-    else:                                              # with the small variance only L_0 is left: x_0 is not certain
-        sigma = ddpm.reverse_variance(times(0), times(-1)).sqrt().float()
-        nll = -model.discretized_log_likelihood(torch.zeros(1), torch.zeros(1), sigma).item() / math.log(2) / 50
-        assert loss == pytest.approx(nll, rel=0.35, abs=1e-4)
-
-
-def test_bf16_cannot_hold_the_mean():
-    # Why reproduce.py computes in fp32: rounding mu-tilde to bf16 ruins x_0, rounding eps does not.
-    torch.manual_seed(0)
-    x0, eps = torch.rand(64, 1, 8, 8) * 2 - 1, torch.randn(64, 1, 8, 8)
-    t, error = torch.full((64,), 300), {}
-    for predict in ("mean", "noise"):
-        ddpm = DDPM(predict=predict)
-        xt = ddpm.q_sample(x0, t, eps)
-        exact = eps if predict == "noise" else ddpm.q_posterior(x0, xt, t, t - 1)
-        got = ddpm.predict_x0(lambda x, _, exact=exact: exact.bfloat16().float(), xt, t)
-        error[predict] = (got - x0).square().mean().sqrt().item()
-    assert error["noise"] < 0.01 and error["mean"] > 0.1
-
-
-def test_bound_loss_is_the_bound():
-    # The mean over random t is 1 / T of the sum over all t, clipping aside.
-    torch.manual_seed(0)
-    ddpm = DDPM(20, objective="bound")
-    net, x0 = Gaussian(ddpm, 0.0, 0.5), (0.5 * torch.randn(4000, 1, 2, 2)).clamp(-1, 1)
-    x0 = ((x0 + 1) * 127.5).round() / 127.5 - 1
-    _, terms, _ = ddpm.bound(net, x0)
-    assert 20 * ddpm.loss(net, x0).item() == pytest.approx(terms.sum(1).mean().item(), rel=0.1)
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])
@@ -283,7 +242,9 @@ def test_sampler_on_gaussian_data(variance, steps):
     ts = torch.linspace(199, 0, steps).round().long().tolist() + [-1]
     expected = 1.0
     for t, s in zip(ts[:-1], ts[1:]):
-        abar, a, b = ddpm.abar[t].item(), *(c.item() for c in ddpm.posterior_coefficients(times(t), times(s)))
+        one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)             # mu-tilde = a x_0 + b x_t
+        a, b = (ddpm.q_posterior(x0, xt, times(t), times(s)).item() for x0, xt in ((one, zero), (zero, one)))
+        abar = ddpm.abar[t].item()
         k = a * math.sqrt(abar) * std ** 2 / (abar * std ** 2 + 1 - abar) + b
         sigma2 = ddpm.reverse_variance(times(t), times(s)).item() if s >= 0 else 0
         expected = k ** 2 * expected + sigma2
@@ -318,7 +279,7 @@ def test_same_generator_same_samples():
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-@pytest.mark.parametrize("values", [dict(predict="x"), dict(objective="x"), dict(variance="x"), dict(timesteps=1)])
+@pytest.mark.parametrize("values", [dict(variance="x"), dict(timesteps=1)])
 def test_process_refuses_what_it_does_not_know(values):
     with pytest.raises(ValueError):
         DDPM(**values)
@@ -383,9 +344,36 @@ def make_fixture(diffusers):
 
 
 # ------------------------------------------------------------------ network
+@pytest.mark.parametrize("c_in, c_out, leaves", [(1, None, 1), (3, None, 3), (1, 2, 2), (5, 1, 1)])
+def test_channels_in_and_out(c_in, c_out, leaves):
+    net = UNet(**SMALL, c_in=c_in, c_out=c_out)
+    assert net(torch.randn(2, c_in, 28, 28), times(3, 900)).shape == (2, leaves, 28, 28)
+
+
+def test_a_subclass_changes_one_part_and_keeps_the_others():
+    class Two(UNet):
+        """Told the time twice as loud, and nothing at the bottom but one block."""
+
+        def embed(self, t):
+            return 2 * super().embed(t)
+
+        def bottom(self, c):
+            return model.Level(self.block(c, c))
+
+    torch.manual_seed(0)
+    net, told = randomised(Two(**SMALL)).eval(), []
+    for block in (m for m in net.modules() if isinstance(m, model.ResBlock)):
+        block.register_forward_pre_hook(lambda _, inputs: told.append(inputs[1]))
+    net(torch.randn(1, 1, 28, 28), times(7))
+    expected = 2 * net.time(model.time_embedding(times(7), 8))
+    assert len(net.middle) == 1 and len(told) == 7 and all(torch.equal(emb, expected) for emb in told)
+    names = {name for name, _ in UNet(**SMALL).named_parameters()}
+    assert {name for name, _ in net.named_parameters()} < names
+
+
 def test_parameter_count_of_the_papers_cifar_network():
     with torch.device("meta"):
-        net = UNet(channels=128, mults=(1, 2, 2, 2), blocks=2, attention=(16,), image_size=32, image_channels=3)
+        net = UNet(channels=128, mults=(1, 2, 2, 2), blocks=2, attention=(16,), image_size=32, c_in=3)
     assert sum(p.numel() for p in net.parameters()) == 35_746_307
 
 
@@ -541,10 +529,11 @@ def make_unet_fixture(diffusers):
     for mine, others in ((iter(net.down), theirs.down_blocks), (iter(net.up), theirs.up_blocks)):
         for part in others:
             for i, other in enumerate(part.resnets):
-                first, second = next(mine)
+                first, *rest = next(mine)
                 block(first, other)
-                if hasattr(part, "attentions"):
-                    attention(second, part.attentions[i])
+                assert len(rest) == hasattr(part, "attentions")
+                if rest:
+                    attention(rest[0], part.attentions[i])
             pairs.extend((next(mine).conv, change.conv) for change in (
                 getattr(part, "downsamplers", None) or getattr(part, "upsamplers", None) or []))
     block(net.middle[0], theirs.mid_block.resnets[0])
@@ -557,53 +546,7 @@ def make_unet_fixture(diffusers):
         return {"diffusers": diffusers.__version__, "output": theirs(x, t).sample.flatten().tolist()}
 
 
-# ------------------------------------------------------------------ the claim's arithmetic, on made-up rows
-def rows(fids, bits):
-    """Rows of reproduce.py: {arm: value per seed}, in the order of ARMS."""
-    names = [f"{predict} + {objective}" for predict, objective in load("lesson_05", "reproduce").ARMS]
-    return [{"arm": name, "seed": i, "fid": f, "bits": b} for name, fs, bs in zip(names, fids, bits)
-            for i, (f, b) in enumerate(zip(fs, bs))]
-
-
-GOOD = [10.0, 11.0, 10.5], [20.0, 21.0, 22.0], [40.0, 41.0, 42.0], [30.0, 29.0, 31.0]
-BITS = [3.0, 3.1, 3.0], [2.9, 3.0, 2.8], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]
-
-
-@pytest.mark.parametrize("fids, bits, fid_holds, bits_holds", [
-    (GOOD, BITS, True, True),
-    (([10.0, 23.0, 10.5], *GOOD[1:]), BITS, False, True),                       # loses in one seed
-    (([17.0, 18.0, 19.0], *GOOD[1:]), BITS, False, True),                       # gap below 3 deviations
-    (GOOD, ([3.0, 2.9, 3.0], *BITS[1:]), True, False),                          # another arm wins two seeds of three
-    (GOOD, ([2.5, 3.1, 3.0], *BITS[1:]), True, False),                          # no arm is better in every seed
-    ((GOOD[0], GOOD[1], [math.inf] * 3, GOOD[3]), BITS, True, True),            # an arm diverged
-    ((GOOD[0], *[[math.inf] * 3] * 3), (BITS[0], *[[math.inf] * 3] * 3), True, False),
-    (([math.inf, 10.0, 10.0], *GOOD[1:]), BITS, False, True),
-])
-def test_table_2_is_judged_as_its_criterion_says(fids, bits, fid_holds, bits_holds):
-    table = load("lesson_05", "reproduce").table_2(rows(fids, bits))
-    assert (table["fid_holds"], table["bits_holds"]) == (fid_holds, bits_holds)
-    assert table["holds"] == (fid_holds and bits_holds)
-
-
-def test_rate_distortion_curve():
-    code = load("lesson_05", "reproduce").code
-    # t = 0..3: L_0 costs 2 bits, the others 1 + 0.5 + 0.25; the estimate of x_0 gets better towards t = 0.
-    got = code(torch.tensor(0.25), torch.tensor([2.0, 1.0, 0.5, 0.25]), torch.tensor([1.0, 5.0, 50.0, 99.0]))
-    assert got["bits_per_dim"] == 4 and got["share_of_L_0"] == 0.5
-    assert got["rmse"] == [99.0, 50.0, 5.0, 1.0]
-    assert got["rate"] == [0.25, 0.5, 1.0, 2.0]                                 # before the estimates above
-    assert got["share_after_5_percent"] == (4 - 1.0) / 4
-    never = code(torch.tensor(0.25), torch.tensor([2.0, 1.0]), torch.tensor([99.0, 99.0]))
-    assert never["share_after_5_percent"] == 0
-
-
-def test_no_verdict_from_few_seeds():
-    verdict, cfg = load("lesson_05", "reproduce").verdict, Section(quick=False, smoke=False, seeds=3)
-    assert verdict(True, cfg) == "reproduced" and verdict(False, cfg) == "not reproduced at this scale"
-    for few in (dict(quick=True), dict(smoke=True), dict(seeds=2)):
-        assert "no verdict" in verdict(True, Section(**{**cfg, **few}))
-
-
+# ------------------------------------------------------------------ configuration
 def test_gpu_overlay_has_the_papers_shape():
     from utils.config import parse
 
