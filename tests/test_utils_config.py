@@ -3,32 +3,39 @@
 import pytest
 
 from conftest import ROOT
-from utils.config import COMMON, help_text, load, parse
+from utils import bounds
+from utils.config import COMMON, OVERLAYS, QUICK, SCRIPTS, _set, help_text, load, parse, read, read_bounds
 from utils.errors import UserError
 
 TEXT = """\
 unet:                 # the network
-  channels: 32        # width
+  channels: 32        # >=1: width
   mults: [1, 2]
+  widths: [1, 2]      # [>=1]: of each level
   scales: [0.5, 1.0]
-  dropout: 0.0
+  shares: [1, 0.5]    # [0.0..1.0]: of each part
+  dropout: 0.0        # >=0.0 <1.0: share left out
+  kind: vp            # vp|sub-vp|"": the process
+  sigma: auto         # auto|>0.0: the largest noise
+  low: -20.0          # any: lowest log-SNR
+  rate: 1             # >0.0: a number that is written without a point
 
 train:
-  steps: 100          # how long
+  steps: 100          # >=1: how long
                       # (in steps)
-  batch_size: 8
-  lr: 2e-3            # learning rate
+  batch_size: 8       # >=1: images
+  lr: 2e-3            # >0.0: learning rate
   warmup: 10
   resume: false       # go on
   note: ""
 
 sample:
-  n: 64               # images
+  n: 64               # >=1: images
   steps: 50
 
 gpu:
   unet:
-    channels: 128
+    channels: 128     # >=1000: a comment of an overlay is no bound
   train:
     steps: 1000
     lr: 2e-4
@@ -62,7 +69,9 @@ def test_values_and_common_keys(path):
     config = load(path, "train")
     assert config.train.lr == 2e-3 and isinstance(config.train.lr, float)
     assert config.train.seed == 0 and config.train.device == "auto" and config.train.runs == "runs"
-    assert dict(config.unet) == dict(channels=32, mults=[1, 2], scales=[0.5, 1.0], dropout=0.0)
+    assert dict(config.unet) == dict(channels=32, mults=[1, 2], widths=[1, 2], scales=[0.5, 1.0], shares=[1, 0.5],
+                                     dropout=0.0, kind="vp", sigma="auto", low=-20.0, rate=1.0)
+    assert isinstance(config.unet.rate, float)         # its bound says that it is one
     assert set(COMMON) <= set(config.train.keys()) and not set(COMMON) & set(config.sample.keys())
 
 
@@ -74,11 +83,14 @@ def test_numbers_are_read_as_people_write_them(text, value):
 
 def test_arguments(path):
     config = load(path, "train", ["lr=1e-4", "--steps=7", "channels=48", "unet.mults=[1,2,2]", "sample.steps=9",
-                                  "--resume", "train.warmup=0", "dropout=1", "scales=[1]"])
+                                  "--resume", "train.warmup=0", "dropout=0", "scales=[1]", "sigma=2",
+                                  "rate=0.5", "kind=", "shares=[0, 0.25]"])
     assert config.train.lr == 1e-4 and config.train.steps == 7 and config.unet.channels == 48
     assert config.unet.mults == [1, 2, 2] and config.sample.steps == 9 and config.train.resume is True
     assert config.train.warmup == 0
-    assert config.unet.dropout == 1.0 and isinstance(config.unet.dropout, float)
+    assert config.unet.dropout == 0.0 and isinstance(config.unet.dropout, float)
+    assert config.unet.sigma == 2.0 and isinstance(config.unet.sigma, float) and config.unet.rate == 0.5
+    assert config.unet.kind == "" and config.unet.shares == [0, 0.25]
     assert config.unet.scales == [1.0] and isinstance(config.unet.scales[0], float)
     assert load(path, "sample", ["steps=9"]).train.steps == 100       # a plain key is the script's own first
 
@@ -108,7 +120,7 @@ def test_gpu_overlay_is_automatic_and_said(path, capsys):
     assert load(path, "train", ["gpu=false"], cuda=True).unet.channels == 32
     assert load(path, "train", ["train.gpu=false"], cuda=True).unet.channels == 32
     assert load(path, "train", [], cuda=False).unet.channels == 32
-    path.write_text(TEXT.replace("  batch_size: 8", "  batch_size: 8\n  gpu: false"))
+    path.write_text(TEXT.replace("  warmup: 10", "  warmup: 10\n  gpu: false"))
     assert load(path, "train", [], cuda=True).unet.channels == 32
     assert not capsys.readouterr().out
 
@@ -135,19 +147,37 @@ def test_an_unknown_key_names_the_nearest(path, argument, nearest):
     ("lr={", "lr={ is not readable"),
     ("lr=\t", "is not readable"),
     ("lr=!!python/object/apply:os.getcwd []", "is not readable"),
-    ("lr=1e999", "lr=inf must be a finite number"),
-    ("lr=.nan", "lr=nan must be a finite number"),
-    ("lr=0", "lr=0.0 must be above zero"),
-    ("steps=0", "steps=0 must be above zero"),
-    ("steps=-1", "steps=-1 must be above zero"),
-    ("batch_size=0", "batch_size=0 must be above zero"),
-    ("sample.n=0", "sample.n=0 must be above zero"),
-    ("unet.channels=-4", "unet.channels=-4 must be above zero"),
-    ("unet.dropout=-0.1", "unet.dropout=-0.1 must not be below zero"),
-    ("threads=-1", "threads=-1 must not be below zero"),
-    ("seed=-1", "seed=-1 must not be below zero"),
-    ("seed=99999999999999999999", "must be below 2**53"),
-    ("gpu=1", "gpu takes true, false or auto"),
+    ("lr=1e999", "lr must be finite, not infinite"),
+    ("lr=.nan", "lr must be finite, not nan"),
+    ("lr=" + "9" * 400, "lr must be finite"),
+    ("steps=" + "9" * 400, "steps must be finite"),
+    ("scales=[1.0, .inf]", "scales must be finite"),
+    ("shares=[1.0, .nan]", "shares must be finite"),
+    ("low=.nan", "low must be finite"),
+    ("sigma=.inf", "sigma must be finite"),
+    ("lr=0", "lr must be a number above 0.0, not 0.0"),
+    ("steps=0", "steps must be a whole number of at least 1, not 0"),
+    ("steps=-1", "steps must be a whole number of at least 1, not -1"),
+    ("sample.n=0", "n must be a whole number of at least 1, not 0"),
+    ("unet.channels=-4", "channels must be a whole number of at least 1, not -4"),
+    ("unet.dropout=-0.1", "dropout must be a number of at least 0.0 and below 1.0, not -0.1"),
+    ("unet.dropout=1", "dropout must be a number of at least 0.0 and below 1.0, not 1.0"),
+    ("widths=[1, 0]", "widths must be a list of whole numbers of at least 1, not [1, 0]"),
+    ("shares=[1.5]", "shares must be a list of numbers from 0.0 to 1.0, not [1.5]"),
+    ("shares=[a]", "shares takes a list"),
+    ("kind=ve", 'kind must be vp, sub-vp or "", not \'ve\''),
+    ("sigma=-1", "sigma must be auto or a number above 0.0, not -1"),
+    ("sigma=large", "sigma must be auto or a number above 0.0, not 'large'"),
+    ("sigma=[1.0]", "sigma must be auto or a number above 0.0, not [1.0]"),
+    ("sigma=true", "sigma must be auto or a number above 0.0, not True"),
+    ("threads=-1", "threads must be a whole number of at least 0, not -1"),
+    ("seed=-1", "seed must be a whole number of at least 0 and below 9e15, not -1"),
+    ("seed=99999999999999999999", "and below 9e15"),
+    ("device=tpu", "device must be auto, cpu or cuda, not 'tpu'"),
+    ("device=3", "device must be auto, cpu or cuda, not 3"),
+    ("precision=fp8", "precision must be auto, fp32, bf16 or fp16, not 'fp8'"),
+    ("gpu=maybe", "gpu must be true, false or auto, not 'maybe'"),
+    ("gpu=1", "gpu must be true, false or auto, not 1"),
     ("steps", "write arguments as key=value"),
     ("=3", "write arguments as key=value"),
     ("--", "write arguments as key=value")])
@@ -166,9 +196,16 @@ def test_a_bad_value_is_one_line(path, argument, part):
     ("smoke:\n  train: 3\n", "train in the section smoke"),
     ("smoke:\n  unet:\n    width: 3\n", "there is no key unet.width"),
     ("train:\n  steps: 5\nsmoke:\n  train:\n    steps: many\n", "steps takes a whole number"),
-    ("train:\n  steps: ten\n", "steps must be a whole number, not 'ten'"),
-    ("train:\n  steps:\n", "steps must be a whole number, not None"),
-    ("train:\n  steps: 1e3\n", "steps must be a whole number, not 1000.0"),
+    ("train:\n  steps: ten  # >=1: x\n", "config.yaml: train.steps must be a whole number of at least 1, not 'ten'"),
+    ("train:\n  steps:  # >=1: x\n", "train.steps must be a whole number of at least 1, not None"),
+    ("train:\n  steps: 1e3  # >=1: x\n", "train.steps must be a whole number of at least 1, not 1000.0"),
+    ("train:\n  steps: [3]  # >=1: x\n", "train.steps must be a whole number of at least 1, not [3]"),
+    ("train:\n  steps: 3  # [>=1]: x\n", "train.steps must be a list of whole numbers of at least 1, not 3"),
+    ("train:\n  steps: .inf\n", "train.steps must be finite, not infinite"),
+    ("sample:\n  n: 0  # >=1: x\n", "sample.n must be a whole number of at least 1, not 0"),
+    ("train:\n  device: tpu\n", "train.device must be auto, cpu or cuda, not 'tpu'"),
+    ("train:\n  n: 5  # >=1: x\nsmoke:\n  train:\n    n: 0\n",
+     "config.yaml, section smoke: n must be a whole number of at least 1, not 0"),
     ("a: !!python/object/apply:os.getcwd []\n", "is not readable")])
 def test_a_malformed_file_is_one_line(path, text, part):
     path.write_text(text)
@@ -188,17 +225,85 @@ def test_help_lists_keys_with_their_comments(path, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "usage: python train.py key=value" in text
-    for key, comment in (("steps=100", "how long"), ("lr=2e-3", "learning rate"), ("unet.channels=32", "width"),
-                         ("device=auto", "auto, cpu or cuda"), ("quick=false", "a quick look"), ("", "(in steps)")):
+    for key, comment in (("steps=100", ">=1: how long"), ("lr=2e-3", ">0.0: learning rate"),
+                         ("unet.channels=32", ">=1: width"), ("device=auto", "auto|cpu|cuda: what computes"),
+                         ("unet.sigma=auto", "auto|>0.0: the largest noise"), ("quick=false", "a quick look"),
+                         ("", "(in steps)")):
         assert any(line.strip().startswith(key) and line.endswith(comment) or comment in line and key in line
                    for line in text.splitlines()), (key, comment)
     assert "n=64" not in text                          # another script's own key
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("lesson_*/**/config.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
+# ------------------------------------------------------------------ bounds
+@pytest.mark.parametrize("text, words, inside, outside", [
+    (">=1", "a whole number of at least 1", [1, 10**20], [0, 1.0, True, "1", None, [1]]),
+    (">0.0", "a number above 0.0", [1e-9, 3], [0, 0.0, -1.0, False, ""]),
+    (">=0.0 <1.0", "a number of at least 0.0 and below 1.0", [0, 0.99], [1, 1.0, -0.1]),
+    (">=0 <9e15", "a whole number of at least 0 and below 9e15", [0, 9 * 10**15 - 1], [-1, 9 * 10**15, 0.5]),
+    ("0.0..1.0", "a number from 0.0 to 1.0", [0, 1, 0.5], [-0.01, 1.01]),
+    ("-60..-30", "a whole number from -60 to -30", [-60, -30], [-61, -29, -40.0]),
+    ("any", "a number", [-5, 0.1], ["any", None, True]),
+    ("vp|sub-vp", "vp or sub-vp", ["vp", "sub-vp"], ["", "ve", 1]),
+    ('a|""', 'a or ""', ["a", ""], ['""']),
+    ("true|false|auto", "true, false or auto", [True, False, "auto"], [1, 0, None]),
+    ("auto|>0.0", "auto or a number above 0.0", ["auto", 1, 0.5], [0, "1", True]),
+    ("[>=1]", "a list of whole numbers of at least 1", [[], [1, 2]], [1, [0], [1, 1.0], ["a"]]),
+    ("[x|y]", "a list of x or y", [[], ["y", "x"]], ["x", ["z"]])])
+def test_the_notation_of_bounds(text, words, inside, outside):
+    bound, rest = bounds.split(f"{text}: what: it is")
+    assert str(bound) == words and rest == "what: it is"
+    assert [value for value in inside if not bound.holds(value)] == []
+    assert [value for value in outside if bound.holds(value)] == []
+
+
+@pytest.mark.parametrize("comment", [
+    "images", "", "0: none", "auto: all", '"": your newest', "seed, of everything", "a | b: c", ">=: x", ">=1", ">=1 x",
+    "0.0..: x", "x [>=1]: y", "[]: x", "any", "vp|: x", "(>=1): x", "1: none; >=1: x"])
+def test_other_comments_are_no_bounds(comment):
+    assert bounds.split(comment) == (None, comment)
+
+
+FILES = sorted(ROOT.glob("lesson_*/**/config.yaml"))
+
+
+def numeric(value):
+    """Whether a value of a config.yaml is a number or a list of numbers."""
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in items)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.parent.relative_to(ROOT)))
+def test_every_number_of_a_lesson_has_a_bound_and_keeps_to_it(file):
+    values, bound = read(file), read_bounds(file)
+    overlays = {name: values.pop(name, {}) for name in OVERLAYS}
+    numbers = [(target, key) for target in values for key in values[target] if numeric(values[target][key])]
+    assert len(numbers) > 20
+    assert [f"{target}.{key}" for target, key in numbers if (target, key) not in bound] == []
+    for (target, key), one in bound.items():           # of the file's own values, and of what overlays lay over them
+        for value in [keys[target][key] for keys in (values, *overlays.values()) if key in keys.get(target, ())]:
+            assert one.holds(value), f"{target}.{key}={value} must be {one}"
+    assert values["train"]["steps"] > 0
+    for target, key in numbers:                        # whatever the key: one line for what is no such number
+        for value in (float("nan"), -float("inf"), "text", None, {}, [float("nan")], ["text"], [[1]]):
+            with pytest.raises(UserError) as info:
+                _set({target: dict(values[target])}, target, key, value, bound[target, key], "here")
+            assert "\n" not in str(info.value) and key in str(info.value)
+
+
+def test_bounds_in_code_are_those_of_keys_of_every_script():
+    keys = {key for _, key in read_bounds(FILES[0])}
+    assert {"seed", "threads", "device", "precision", "gpu"} <= keys
+    code = "".join((ROOT / "utils" / name).read_text(encoding="utf-8") for name in ("config.py", "bounds.py"))
+    for file in FILES:                                 # no lesson's hyper-parameter is named there
+        for target, keys in read(file).items():
+            for key in keys if target not in OVERLAYS else ():
+                assert f'"{key}"' not in code or key in COMMON | QUICK, f"utils/config.py names {target}.{key}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.parent.relative_to(ROOT)))
 def test_configurations_of_the_lessons(file):
-    for section in ("train", "sample", "reproduce"):
-        for argv in ([], ["smoke=true"], ["gpu=true"]):
+    for section in SCRIPTS:
+        for argv in ([], ["smoke=true"], ["gpu=true"], ["quick=true"] * ("quick" in read(file))):
             config = load(file, section, argv)
         for line in help_text(file, section).splitlines():
             key, equals, rest = line.strip().partition("=")
@@ -212,15 +317,17 @@ def test_scripts_end_with_one_line_and_exit_code_2(launch, lesson):
     done = [(launch(lesson / script, *argv), part) for script, argv, part in (
         ("train.py", ["stepz=3"], "did you mean steps?"),
         ("train.py", ["lr=fast"], "lr takes a number"),
-        ("train.py", ["batch_size=0"], "must be above zero"),
+        ("train.py", ["batch_size=0"], "must be a whole number of at least 1, not 0"),
         ("train.py", ["device=tpu"], "must be auto, cpu or cuda"),
         ("train.py", ["precision=fp8"], "must be auto, fp32, bf16 or fp16"),
+        ("train.py", ["beta2=.nan"], "beta2 must be finite, not nan"),
+        ("train.py", ["variance=wide"], "variance must be large or small, not 'wide'"),
         ("train.py", ["device=cpu", "precision=fp16"], "needs a GPU"),
         ("train.py", ["smoke=true", "batch_size=60001"], "between 1 and 60000"),
         ("train.py", ["smoke=true", "unet.groups=3"], "divisible"),
-        ("train.py", ["smoke=true", "ddpm.timesteps=1"], "must be at least 2"),
-        ("train.py", ["smoke=true", "ddpm.predict=noize"], "is none of noise, mean"),
-        ("sample.py", ["n=0"], "n=0 must be above zero"))]
+        ("train.py", ["ddpm.timesteps=1"], "timesteps must be a whole number of at least 2, not 1"),
+        ("train.py", ["smoke=true", "unet.mults=[1, 2, 2, 2, 2]"], "cannot be"),
+        ("sample.py", ["n=0"], "n must be a whole number of at least 1, not 0"))]
     for process, part in done:
         assert part in process.error()
     for path in (lesson / "runs").glob("**/*"):

@@ -1,27 +1,43 @@
-"""A lesson's config.yaml: sections, overlays, comments that are the help text, and `key=value` on the command line."""
+"""A lesson's config.yaml: sections, overlays, comments that are the help text, and `key=value` on the command line.
+
+A comment may begin with the bound of its value, which every value is held to, wherever it comes from:
+
+    steps: 5400       # >=1: training steps              a whole number, because the bound has no decimal point
+    lr: 4e-3          # >0.0: of Adam                    a number
+    skip: 0.0         # >=0.0 <1.0: share left out       both hold
+    drop: 0.1         # 0.0..1.0: share withheld         from ... to, both included
+    low: -20.0        # any: lowest log-SNR              any number
+    kind: vp          # vp|subvp|ve: the process         one of these words; "" is the empty one
+    sigma_1: auto     # auto|>0.0: the largest noise     a word or a number
+    mults: [1, 2]     # [>=1]: of each level             a list of such
+
+No number may be infinite or NaN.
+"""
 
 import difflib
-import math
 import re
 from types import SimpleNamespace
 
 import yaml
 
+from . import bounds
 from .errors import UserError
 
+SCRIPTS = ("train", "sample", "reproduce")             # sections that belong to one script each
 OVERLAYS = ("gpu", "quick", "smoke")                   # sections of changes, laid over the others when asked for
 
-# Keys of every script; they need not stand in config.yaml.
+# Keys of every script with their values and comments; they need not stand in config.yaml.
 COMMON = {
-    "seed": (0, "seed of everything random"),
-    "device": ("auto", "auto, cpu or cuda"),
-    "precision": ("auto", "auto, fp32, bf16 or fp16"),
-    "threads": (0, "CPU threads; 0: all cores"),
+    "seed": (0, ">=0 <9e15: seed of everything random"),
+    "device": ("auto", "auto|cpu|cuda: what computes"),
+    "precision": ("auto", "auto|fp32|bf16|fp16: auto takes what this machine is fast at"),
+    "threads": (0, ">=0: CPU threads; 0: all cores"),
     "runs": ("runs", "the folder that new files go to"),
     "publish": (False, "also write pictures, numbers and weights to results/"),
     "smoke": (False, "tiny sizes, for the tests: lays the section `smoke` over the others"),
-    "gpu": ("auto", "lay the section `gpu` over the others: true, false, or auto (when CUDA is found)"),
+    "gpu": ("auto", "true|false|auto: lay the section `gpu` over the others; auto: when CUDA is found"),
 }
+QUICK = {"quick": (False, "a quick look: lays the section `quick` over the others")}
 
 
 class Section(SimpleNamespace):
@@ -55,13 +71,7 @@ def parse(text, where="value"):
 
 def read(path):
     """The sections of a config.yaml: {section: {key: value}}."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: get it back with `git checkout {path.name}`") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: get it back with `git checkout {path.name}`") from None
-    values = parse(text, str(path))
+    values = parse(_text(path), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold sections of keys, not {values!r:.40}")
     for name, keys in values.items():
@@ -69,6 +79,15 @@ def read(path):
                 isinstance(key, str) for key in keys or ()):
             raise UserError(f"{path}: the section {name} must hold lines of the form `key: value`")
     return {name: keys or {} for name, keys in values.items()}
+
+
+def read_bounds(path):
+    """The bounds that stand in the comments of a config.yaml: {(section, key): Bound}; those of COMMON included."""
+    found = {(section, key): bound for section, key, _, comment in _lines(path)
+             if section not in OVERLAYS and key and (bound := bounds.split(comment)[0])}
+    common = {(section, key): bound for section in SCRIPTS for key, (_, comment) in COMMON.items()
+              if (bound := bounds.split(comment)[0])}
+    return common | found
 
 
 def load(path, section, argv=(), cuda=False, quiet=False):
@@ -86,13 +105,17 @@ def load(path, section, argv=(), cuda=False, quiet=False):
         print(help_text(path, section, common))
         raise SystemExit(0)
     given = [(*_find(values, section, key), key, text) for key, text in map(_split, argv)]
+    bound = read_bounds(path)
+    for target in values:
+        for key, value in values[target].items():
+            values[target][key] = _within(f"{target}.{key}", value, bound.get((target, key)), path.name)
 
     def lay(name):
         for target, keys in overlays[name].items():
             if not isinstance(keys, dict):
                 raise UserError(f"{path}: {target} in the section {name} must hold lines of the form `key: value`")
             for key, value in keys.items():
-                _set(values, target, key, value, f"{path.name}, section {name}")
+                _set(values, target, key, value, bound.get((target, key)), f"{path.name}, section {name}")
 
     automatic = values[section]["gpu"] == "auto" and not any(name == "gpu" for _, name, _, _ in given)
     if overlays["gpu"] and cuda and automatic:
@@ -100,21 +123,36 @@ def load(path, section, argv=(), cuda=False, quiet=False):
             print("GPU found: using the section `gpu` of config.yaml (gpu=false turns it off)")
         lay("gpu")
     for target, name, key, text in given:              # from left to right: what comes later wins
-        _set(values, target, name, _value(text, values[target][name], f"{key}={text}"), f"{key}={text}")
+        value = _value(text, values[target][name], f"{key}={text}")
+        _set(values, target, name, value, bound.get((target, name)), f"{key}={text}")
         if name in OVERLAYS and values[section].get(name) is True:
             lay(name)
-    for target in values:
-        for key, value in values[target].items():
-            _check(key if target == section else f"{target}.{key}", key, value)
     return Section(**{name: Section(**keys) for name, keys in values.items()})
 
 
-QUICK = {"quick": (False, "a quick look: lays the section `quick` over the others")}
-POSITIVE = ("n", "steps", "batch_size", "batch", "timesteps", "channels", "groups", "patch", "lr", "log_every",
-            "seeds", "sample_steps", "bound_images", "width", "depth", "heads", "head_dim", "layers", "tokens",
-            "epsilon", "sigma_L")
-NOT_NEGATIVE = ("seed", "threads", "warmup", "save_every", "preview_every", "clip", "dropout", "blocks", "limit",
-                "drop", "eta")
+def _text(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: get it back with `git checkout {path.name}`") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: get it back with `git checkout {path.name}`") from None
+
+
+def _lines(path):
+    """What a config.yaml says line by line: (section, key, value as it stands there, comment).
+
+    The key is "" in the line that begins a section, None in one that only goes on with a comment.
+    """
+    section = None
+    for line in _text(path).splitlines():
+        if match := re.match(r"^(\w+):\s*(?:#\s*(.*))?$", line):
+            section = match[1]
+            yield section, "", "", match[2] or ""
+        elif match := re.match(r"^  (\w+):\s*(.*?)\s*(?:#\s*(.*))?$", line):
+            yield section, match[1], match[2], match[3] or ""
+        elif match := re.match(r"^\s{4,}#\s*(.*)$", line):
+            yield section, None, "", match[1]
 
 
 def _value(text, old, where):
@@ -127,21 +165,14 @@ def _value(text, old, where):
     return text[1:-1] if quoted else text
 
 
-def _check(name, key, value):
-    """Bounds that hold for a key of this name in every lesson."""
-    whole = key in POSITIVE and key not in ("lr", "epsilon", "sigma_L")
-    if key in POSITIVE + NOT_NEGATIVE and isinstance(value, str | None) or whole and isinstance(value, float):
-        raise UserError(f"{name} must be a {'whole ' * whole}number, not {value!r}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return
-    if not math.isfinite(value):
-        raise UserError(f"{name}={value} must be a finite number")
-    if value <= 0 and key in POSITIVE:
-        raise UserError(f"{name}={value} must be above zero")
-    if value < 0 and key in NOT_NEGATIVE:
-        raise UserError(f"{name}={value} must not be below zero")
-    if key == "seed" and value >= 2**53:
-        raise UserError(f"{name}={value} must be below 2**53")
+def _within(name, value, bound, where):
+    """The value if it is finite and within its bound; as a float where the bound is one of numbers with a point."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, (int, float)) and not -1e300 < item < 1e300:
+            raise UserError(f"{where}: {name} must be finite, not {float('nan') if item != item else 'infinite'}")
+    if bound and not bound.holds(value):
+        raise UserError(f"{where}: {name} must be {bound}, not {value!r}")
+    return float(value) if bound and bound.real and type(value) is int else value
 
 
 def _split(argument):
@@ -163,7 +194,7 @@ def _find(values, section, key):
         return section, key
     else:
         owners = [other for other in values if key in values[other]]
-        others = [owner for owner in owners if owner not in ("train", "sample", "reproduce")]
+        others = [owner for owner in owners if owner not in SCRIPTS]
         if len(others) == 1:
             return others[0], key
     known = list(values[section]) + [f"{s}.{k}" for s in values if s != section for k in values[s]]
@@ -173,26 +204,25 @@ def _find(values, section, key):
     raise UserError(f"unknown key {key}: " + (f"did you mean {near[0]}?" if near else "--help lists all keys"))
 
 
-def _set(values, target, key, new, where):
-    """Replace values[target][key] by `new` if it is of the same kind."""
+def _set(values, target, key, new, bound, where):
+    """Replace values[target][key] by `new` if it is of the same kind and within its bound."""
     if target not in values or key not in values[target]:
         raise UserError(f"{where}: there is no key {target}.{key}")
     old = values[target][key]
-    if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
+    new = _within(key, new, None, where)
+    if isinstance(old, float) and type(new) is int:
         new = float(new)
     if isinstance(old, list) and isinstance(new, list) and old and all(isinstance(item, float) for item in old):
         new = [float(item) if type(item) is int else item for item in new]
-    if key == "gpu" and not (isinstance(new, bool) or new == "auto"):
-        raise UserError(f"{where}: gpu takes true, false or auto, not {new!r}")
-    if old == "auto" or old is None:
-        pass
+    if old == "auto" or old is None or bound and bound.words and bound.numbers:
+        pass                                           # of several kinds: the bound alone decides
     elif isinstance(old, str) and not isinstance(new, (list, dict)):
         new = "" if new is None else str(new)
     elif type(new) is not type(old) or isinstance(old, list) and {type(item) for item in new} - {
-            type(item) for item in old or new}:
+            *map(type, old or new), *[int, float] * bool(bound and bound.real)}:
         example = str(old).lower() if isinstance(old, bool) else old
         raise UserError(f"{where}: {key} takes {_kind(old)} (such as {example}), not {new!r}")
-    values[target][key] = new
+    values[target][key] = _within(key, new, bound, where)
 
 
 def _kind(value):
@@ -202,19 +232,20 @@ def _kind(value):
 
 def help_text(path, section, common=COMMON):
     """The keys of one script with their values and the comments of config.yaml."""
-    lines, current, found = [f"usage: python {section}.py key=value ...   (values of {path.name})"], None, set()
-    for line in path.read_text().splitlines():
-        if match := re.match(r"^(\w+):\s*(?:#\s*(.*))?$", line):
-            current = match[1]
-            if current not in ("train", "sample", "reproduce") + OVERLAYS or current == section:
-                lines += ["", f"{current}:" + (f"  {match[2]}" if match[2] else "")]
-        elif match := re.match(r"^  (\w+):\s*(.*?)\s*(?:#\s*(.*))?$", line):
-            if current not in ("train", "sample", "reproduce") + OVERLAYS or current == section:
-                prefix = "" if current == section else f"{current}."
-                found.add(prefix + match[1])
-                lines.append(f"  {prefix + match[1] + '=' + match[2]:32} {match[3] or ''}")
-        elif (match := re.match(r"^\s{4,}#\s*(.*)$", line)) and lines[-1].startswith("  "):
-            lines.append(f"  {'':32} {match[1]}")
+    lines = [f"usage: python {section}.py key=value ...   (values of {path.name})",
+             "A comment begins with what the value may be: >=1 a whole number, >0.0 a number, 0.0..1.0 from and to,",
+             "any: any number, a|b one of these, [>=1] a list of such; all of them: utils/config.py"]
+    found = set()
+    for owner, key, value, comment in _lines(path):
+        if owner not in SCRIPTS + OVERLAYS or owner == section:
+            name = ("" if owner == section else f"{owner}.") + (key or "")
+            if key:
+                found.add(name)
+                lines.append(f"  {name + '=' + value:32} {comment}")
+            elif key == "":
+                lines += ["", f"{owner}:" + (f"  {comment}" if comment else "")]
+            elif lines[-1].startswith("  "):
+                lines.append(f"  {'':32} {comment}")
     lines += ["", "for every script:"]
     lines += [f"  {key + '=' + str(value).lower():32} {text}" for key, (value, text) in common.items()
               if key not in found]
