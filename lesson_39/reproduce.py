@@ -1,25 +1,19 @@
-"""Measure the claim of the Flow Matching paper again: calls of the adaptive solver, bits/dim, FID by training steps.
+"""Measure the claims of the Flow Matching paper again: calls of the adaptive solver, bits/dim, FID by training steps.
 
     python reproduce.py publish=true      nine short trainings; writes results/claim.json and the pictures
     python reproduce.py quick=true        a look at it, no verdict
     python reproduce.py seeds=5 n=1024    other values; without publish=true to runs/claim
 
-The criteria were written down before the numbers were seen. Three arms: score matching on the VP path (SM), flow
-matching on the VP path (FM-VP) and on the OT path (FM-OT); the same network, batches, steps, learning rate and seeds.
-
-(a) Calls. dopri5 (rtol = atol = `tolerance`), one batch of noise a seed: FM-OT needs at most 0.8 times the network
-    calls of SM in every seed, and the gap of the means is above 3 pooled standard deviations over the seeds.
-(b) Bits/dim of the same test images, with the same dequantisation and the same probes: FM-OT is below FM-VP and below
-    SM in every seed, and both gaps of the means are above 3 pooled standard deviations.
-(c) FID against training steps: FM-OT is the lowest of the three after every number of steps in every seed, and at the
-    last one its gap to the second lowest is above 3 pooled standard deviations.
+Three arms: score matching on the VP path (SM), flow matching on the VP path (FM-VP) and on the OT path (FM-OT); the
+same network, batches, steps, learning rate and seeds. Calls are those of dopri5 (rtol = atol = `tolerance`) for one
+batch of noise a seed; bits/dim are of the same test images, with the same dequantisation and the same probes. The
+criteria, in `main`, were written down before the numbers were seen.
 
 Measured without a verdict: calls by tolerance; the error of few calls; the calls that exact fields need, those of a
 set of training images without a network; and the published network's calls by tolerance.
 """
 
 import statistics
-import time
 
 import torch
 from torch import nn
@@ -28,73 +22,66 @@ import train
 from model import FlowMatching, UNet, quantise
 from sample import draw, likelihood
 from utils import (
-    Run,
+    Claim,
     Weights,
     cli,
-    deviation,
     digits,
+    dots,
     fid_to_test,
     figure,
     floor,
-    parallel,
-    pooled,
+    lines,
+    published,
     save_figure,
-    save_json,
     save_strip,
     seeded,
-    trained,
-    verdict,
+    ticks,
 )
 
-ARMS = {"SM": ("vp", "score"), "FM-VP": ("vp", "flow"), "FM-OT": ("ot", "flow")}
+ARMS = {"SM": ["flow.path=vp", "flow.objective=score"], "FM-VP": ["flow.path=vp", "flow.objective=flow"],
+        "FM-OT": ["flow.path=ot", "flow.objective=flow"]}
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 FEW = (4, 8, 16, 32, 64)                               # network calls of the midpoint method
 
 
 def main(argv=None):
-    run = Run(__file__, argv)
-    cfg = run.config.reproduce
-    start = time.perf_counter()
-    run.open_folder("claim")
-    jobs, rows = [(run.argv, arm, seed) for seed in range(cfg.seeds) for arm in ARMS], {arm: [] for arm in ARMS}
-    for (_, arm, seed), row in zip(jobs, parallel(measure, jobs, cfg.workers)):
-        rows[arm].append(row)
-        run.say(f"{arm:6} seed {seed}: {row['calls']} calls, {row['bits']:.3f} +- {row['bits_error']:.3f} bits/dim, "
-                "FID " + ", ".join(f"{fid:.2f} after {step}" for step, fid in row["fid"].items()))
-    claim = {
-        "calls": calls_table(rows), "bits": bits_table(rows), "fid": fid_table(rows), "few": few_table(rows),
-        "exact": exact(run), "published": published(run), "n": cfg.n, "floor": floor(cfg.n), "seeds": cfg.seeds,
-        "train_steps": cfg.steps, "tolerance": cfg.tolerance, "fid_tolerance": cfg.fid_tolerance,
-        "bits_tolerance": cfg.bits_tolerance, "calls_images": cfg.calls_images, "bits_images": cfg.bits_images,
-        "minutes": round((time.perf_counter() - start) / 60, 1),
-    }
-    for name in ("calls", "bits", "fid"):
-        claim[name]["verdict"] = verdict(claim[name]["holds"], cfg)
-    run.say(text(claim))
-    run.output(save_json, claim, "claim.json")
-    run.output(plot, claim, "claim.png")
+    claim = Claim(__file__, argv, sections=("unet", "flow"))
+    run, cfg = claim.run, claim.cfg
+    rows = claim.arms(ARMS, train=train.main, measure=measure, keys=[
+        f"steps={cfg.steps}", f"snapshot_every={cfg.snapshot_every}", f"precision={cfg.precision}"])
+    claim.judge("a", "FM-OT needs at most 0.8 times the network calls of SM",
+                paper="142 against 242 calls (Table 1, CIFAR-10)",
+                holds=rows.below("FM-OT", "SM", "calls", factor=0.8))
+    claim.judge("b", "FM-OT has fewer bits/dim than FM-VP and than SM",
+                paper="2.99 against 3.10 and 3.16 bits/dim (Table 1, CIFAR-10)",
+                holds=all(rows.below("FM-OT", other, "bits") for other in ("FM-VP", "SM")))
+    claim.judge("c", "FM-OT has the lowest FID after every number of training steps, and at the last one clearly",
+                paper="the lowest of the three all along the training (Fig. 5, ImageNet 64)",
+                holds=lowest_all_along(rows.unfold("fid", "steps")))
+    claim.note("exact", exact(run))
+    claim.note("published", few(run, *load(run, published(run, "FM-OT")), 0))
+    claim.note("floor", floor(cfg.n))
     run.output(plot_calls, claim, "tolerance.png")
-    run.output(save_strip, [row for arm in ARMS for row in rows[arm][0]["x"]], "few.png")
+    run.output(save_strip, [row for arm in ARMS for row in rows.where(arm=arm, seed=0)[0]["x"]], "few.png")
     run.output(plot_paths, None, "paths.png")
     run.output(plot_densities, None, "densities.png")
-    run.record("claim", minutes=claim["minutes"], n=cfg.n, verdicts={
-        name: claim[name]["verdict"] for name in ("calls", "bits", "fid")})
-    return claim
+    return claim.finish(plot=plot, n=cfg.n)
+
+
+def lowest_all_along(fid):
+    """(c): FM-OT is the lowest in every seed after every number of steps, and below both others after the last."""
+    last, others = max(row["steps"] for row in fid), ("SM", "FM-VP")
+    below = [a < b for other in others for steps, of_ours in fid.by("steps", "fid", arm="FM-OT").items()
+             for a, b in zip(of_ours, fid.values("fid", arm=other, steps=steps))]
+    return all(below) and all(fid.below("FM-OT", other, "fid", steps=last) for other in others)
 
 
 # ------------------------------------------------------------------ one arm
-def measure(argv, arm, seed):
-    """Train one arm (or take it from an earlier call); its calls, bits, FIDs, the error of few calls, some images."""
-    run = Run(__file__, argv)
-    cfg, folder = run.config.reproduce, run.open_folder("claim")
-    path, objective = ARMS[arm]
-    own = [a for a in argv if a.split("=")[0].split(".")[0] in ("unet", "flow", "train", "gpu", "device", "smoke")]
-    weights = trained(train.main, folder / f"{arm}_{seed}", [
-        *own, f"flow.path={path}", f"flow.objective={objective}", f"seed={seed}", f"steps={cfg.steps}",
-        f"snapshot_every={cfg.snapshot_every}", "preview_every=0", f"precision={cfg.precision}"], run.lesson)
-    fid = {}
-    for snapshot in sorted(weights.parent.glob("step_*.safetensors")):
-        flow, net = load(run, snapshot)
+def measure(run, weights, arm, seed):
+    """The calls, bits and FIDs of a trained arm, the error of few calls, and some images."""
+    cfg, fid = run.config.reproduce, {}
+    for snapshot in sorted(weights.path.parent.glob("step_*.safetensors")):
+        flow, net = load(run, Weights(snapshot, run.name))
         eps = torch.randn(cfg.n, 1, 28, 28, generator=seeded(seed)).to(run.device)
         x, _ = draw(flow, net, eps, 100, "dopri5", 1, cfg.fid_tolerance)
         fid[str(int(snapshot.stem.removeprefix("step_")))] = fid_to_test(x)
@@ -102,20 +89,20 @@ def measure(argv, arm, seed):
     x0 = digits("test").first(cfg.bits_images)[0].to(run.device)
     bits, bits_calls = likelihood(flow, net, x0, cfg.bits_tolerance)
     return {"fid": fid, "bits": float(bits.mean()), "bits_error": float(bits.std() / len(bits) ** 0.5),
-            "bits_calls": bits_calls, **count(run, flow, net, 1000 + seed)}
+            "bits_calls": bits_calls, **few(run, flow, net, 1000 + seed)}
 
 
-def count(run, flow, net, seed):
+def few(run, flow, net, seed):
     """Calls by tolerance, the error of few calls, and rows of images: 8 calls, 16 calls, dopri5."""
     cfg = run.config.reproduce
     eps = torch.randn(cfg.calls_images, 1, 28, 28, generator=seeded(seed)).to(run.device)
     solved = {tol: flow.sample(net, eps, tolerance=tol) for tol in TOLERANCES if tol >= cfg.tolerance}
     reference, calls = solved[cfg.tolerance]
-    few = {n: flow.sample(net, eps, "midpoint", n // 2)[0] for n in FEW}
+    midpoint = {n: flow.sample(net, eps, "midpoint", n // 2)[0] for n in FEW}
     return {"calls": calls, "calls_by_tolerance": {str(tol): calls for tol, (_, calls) in solved.items()},
             "error_by_tolerance": {str(tol): distance(x, reference) for tol, (x, _) in solved.items()},
-            "error": {str(n): distance(x, reference) for n, x in few.items()},
-            "x": [quantise(x[:12]).cpu() for x in (few[8], few[16], reference)]}
+            "error": {str(n): distance(x, reference) for n, x in midpoint.items()},
+            "x": [quantise(x[:12]).cpu() for x in (midpoint[8], midpoint[16], reference)]}
 
 
 def distance(x, reference):
@@ -123,13 +110,12 @@ def distance(x, reference):
     return float((x - reference).square().mean().sqrt())
 
 
-def load(run, path):
+def load(run, weights):
     """Process and network of a weights file."""
-    weights = Weights(path, run.name)
     return run.place(FlowMatching(**weights.config["flow"]), weights.load(UNet(**weights.config["unet"])))
 
 
-# ------------------------------------------------------------------ without a short training
+# ------------------------------------------------------------------ the field without a network
 class Exact(nn.Module):
     """The field that the best possible network has for these images: u_t at the mean of x_0 given x. (B, 1, 28, 28)."""
 
@@ -148,135 +134,40 @@ class Exact(nn.Module):
 
 
 def exact(run):
-    """Calls by tolerance of the exact fields of some training images: no error of a network is in them."""
-    images, result = digits("train").first(run.config.reproduce.exact_images)[0], {}
-    for path in ("vp", "ot"):
-        flow = FlowMatching(path)
-        row = count(run, flow, run.place(Exact(flow, images)), 0)
-        result[path] = {name: row[name] for name in ("calls", "calls_by_tolerance", "error")}
-    return result
-
-
-def published(run):
-    """The same of the published network, or, where there is none, of nothing."""
-    path = run.lesson / "results" / "weights.safetensors"
-    if run.config.reproduce.smoke or not path.exists():
-        return {}
-    row = count(run, *load(run, path), 0)
-    return {name: row[name] for name in ("calls", "calls_by_tolerance", "error_by_tolerance", "error")}
-
-
-# ------------------------------------------------------------------ tables and verdicts
-def below(a, b):
-    """Whether a is below b in every seed, and the means by more than 3 pooled standard deviations."""
-    return all(x < y for x, y in zip(a, b)) and statistics.mean(b) - statistics.mean(a) > 3 * pooled(a, b)
-
-
-def calls_table(rows):
-    """(a)"""
-    calls = {arm: [row["calls"] for row in of_arm] for arm, of_arm in rows.items()}
-    ratio = [ot / sm for ot, sm in zip(calls["FM-OT"], calls["SM"])]
-    by_tolerance = {arm: {tol: [row["calls_by_tolerance"][tol] for row in of_arm]
-                          for tol in of_arm[0]["calls_by_tolerance"]} for arm, of_arm in rows.items()}
-    return {"calls": calls, "ratio": ratio, "by_tolerance": by_tolerance,
-            "holds": max(ratio) <= 0.8 and below(calls["FM-OT"], calls["SM"])}
-
-
-def bits_table(rows):
-    """(b)"""
-    bits, error, calls = ({arm: [row[what] for row in of_arm] for arm, of_arm in rows.items()}
-                          for what in ("bits", "bits_error", "bits_calls"))
-    return {"bits": bits, "standard_error": error, "calls": calls,
-            "holds": all(below(bits["FM-OT"], bits[arm]) for arm in ("FM-VP", "SM"))}
-
-
-def fid_table(rows):
-    """(c)"""
-    fid = {arm: {step: [row["fid"][step] for row in of_arm] for step in of_arm[0]["fid"]}
-           for arm, of_arm in rows.items()}
-    others = [fid["SM"], fid["FM-VP"]]
-    lowest = all(a < b for other in others for step, of_step in fid["FM-OT"].items()
-                 for a, b in zip(of_step, other[step]))
-    last = list(fid["FM-OT"])[-1]
-    second = min((other[last] for other in others), key=statistics.mean)
-    return {"fid": fid, "lowest_everywhere": lowest, "holds": lowest and below(fid["FM-OT"][last], second)}
-
-
-def few_table(rows):
-    """The error of the midpoint method with few calls, the mean of the seeds."""
-    return {arm: {n: statistics.mean(row["error"][n] for row in of_arm) for n in of_arm[0]["error"]}
-            for arm, of_arm in rows.items()}
-
-
-def text(claim):
-    """The three tables with their verdicts."""
-    def mean(values, digits=2):
-        return f"{statistics.mean(values):.{digits}f} +- {deviation(values):.{digits}f}"
-
-    lines = ["", f"(a) calls of dopri5 at {claim['tolerance']:g}: {claim['calls']['verdict']}"]
-    lines += [f"    {arm:6} {mean(values, 1):16} by tolerance: " + "   ".join(
-        f"{tol} {statistics.mean(v):.0f}" for tol, v in claim["calls"]["by_tolerance"][arm].items())
-        for arm, values in claim["calls"]["calls"].items()]
-    lines += ["    FM-OT / SM: " + ", ".join(f"{r:.2f}" for r in claim["calls"]["ratio"])]
-    lines += [f"    exact field, {path}: {row['calls_by_tolerance']}" for path, row in claim["exact"].items()]
-    lines += [f"    published network: {claim['published'].get('calls_by_tolerance', 'none')}"]
-    lines += [f"(b) bits/dim, {claim['bits_images']} test images: {claim['bits']['verdict']}"]
-    lines += [f"    {arm:6} {mean(values, 3)}" for arm, values in claim["bits"]["bits"].items()]
-    lines += [f"(c) FID, n = {claim['n']}, floor {claim['floor']:.2f}: {claim['fid']['verdict']}"]
-    lines += [f"    {arm:6} " + "   ".join(f"{step}: {mean(values)}" for step, values in of_arm.items())
-              for arm, of_arm in claim["fid"]["fid"].items()]
-    lines += ["error of the midpoint method by calls:"]
-    lines += [f"    {arm:6} " + "   ".join(f"{n}: {e:.3f}" for n, e in row.items())
-              for arm, row in claim["few"].items()]
-    return "\n".join(lines)
+    """`few` with the exact fields of some training images: no error of a network is in them."""
+    images = digits("train").first(run.config.reproduce.exact_images)[0]
+    flows = {path: FlowMatching(path) for path in ("vp", "ot")}
+    return {path: few(run, flow, run.place(Exact(flow, images)), 0) for path, flow in flows.items()}
 
 
 # ------------------------------------------------------------------ pictures
 def plot(claim, path):
     """Three answers: calls by tolerance, bits/dim, FID by training steps. Every dot is a seed."""
     fig, (left, middle, right) = figure(1, 3, width=4.2)
-    for i, arm in enumerate(ARMS):
-        by_tolerance, fid = claim["calls"]["by_tolerance"][arm], claim["fid"]["fid"][arm]
-        for ax, table in ((left, by_tolerance), (right, fid)):
-            x = [float(key) for key in table]
-            ax.plot(x, [statistics.mean(v) for v in table.values()], color=f"C{i}", label=arm)
-            for values in zip(*table.values()):
-                ax.plot(x, values, "o", color=f"C{i}", ms=3)
-        values = claim["bits"]["bits"][arm]
-        middle.errorbar([i + 0.1 * k for k in range(len(values))], values, claim["bits"]["standard_error"][arm],
-                        fmt="o", color=f"C{i}", ms=4, capsize=3)
+    lines(left, claim.rows.unfold("calls_by_tolerance", "tolerance"), "tolerance", "calls_by_tolerance")
     left.set(xscale="log", yscale="log", xlabel="tolerance of dopri5", ylabel="network calls", title="(a) calls")
-    middle.set(xticks=[0.1, 1.1, 2.1], xticklabels=list(ARMS), ylabel="bits/dim", title="(b) likelihood")
-    right.axhline(claim["floor"], color="grey", ls=":", lw=1)
-    right.set(yscale="log", xlabel="training steps", ylabel=f"FID (n = {claim['n']}; dotted: floor)", title="(c) FID")
+    dots(middle, claim.rows, "bits")
+    middle.set(ylabel="bits/dim", title="(b) likelihood")
+    lines(right, claim.rows.unfold("fid", "steps"), "steps", "fid")
+    right.axhline(claim.notes["floor"], color="grey", ls=":", lw=1)
+    right.set(yscale="log", xlabel="training steps", ylabel=f"FID (n = {claim.cfg.n}; dotted: floor)", title="(c) FID")
     ticks(left.yaxis, (20, 50, 100, 200, 500))
     ticks(right.yaxis, (0.5, 1, 2, 5, 10, 20, 50))
-    left.legend()
-    for ax in (left, middle, right):
-        ax.grid(alpha=0.3)
     return save_figure(fig, path)
-
-
-def ticks(axis, places):
-    """Plain numbers on a logarithmic axis."""
-    axis.set_ticks(places, [f"{place:g}" for place in places])
-    axis.set_ticks([], minor=True)
 
 
 def plot_calls(claim, path):
     """Where do the calls go? Exact fields by tolerance; the error of few calls."""
     fig, (left, right) = figure(1, 2)
-    for i, (name, row) in enumerate(claim["exact"].items()):
+    exact, network = claim.notes["exact"], claim.notes["published"]
+    for name, row, style in (("exact field, VP", exact["vp"], "o-C0"), ("exact field, OT", exact["ot"], "o-C2"),
+                             ("published network", network, "s--C3")):
         table = row["calls_by_tolerance"]
-        left.loglog([float(tol) for tol in table], list(table.values()), "o-", color=f"C{2 * i}",
-                    label=f"exact field, {name.upper()}")
-    curves = dict(claim["few"])
-    if claim["published"]:
-        table = claim["published"]["calls_by_tolerance"]
-        left.loglog([float(tol) for tol in table], list(table.values()), "s--", color="C3", label="published network")
-        curves["published"] = claim["published"]["error"]
-    for i, (name, row) in enumerate(curves.items()):
-        right.loglog([int(n) for n in row], list(row.values()), "o-", color=f"C{i}", label=name)
+        left.loglog([float(tol) for tol in table], list(table.values()), style, label=name)
+    error = claim.rows.unfold("error", "calls")
+    for arm in ARMS:
+        right.loglog(FEW, [statistics.mean(v) for v in error.by("calls", "error", arm=arm).values()], "o-", label=arm)
+    right.loglog(FEW, list(network["error"].values()), "o-", label="published")
     left.set(xlabel="tolerance of dopri5", ylabel="network calls")
     right.set(xlabel="network calls of the midpoint method", ylabel="distance to dopri5 (RMS)")
     ticks(left.yaxis, (20, 50, 100, 200, 500))
