@@ -104,7 +104,7 @@ def load(run, path, lesson, **changes):
     """Process and network of a weights file, this lesson's or lesson 05's."""
     weights = Weights(path, lesson)
     if lesson != run.name:                             # one channel at the end, no v: a fixed variance
-        net, config = UNet(**{**weights.config["unet"], "out_channels": 1}), {
+        net, config = UNet(**{**weights.config["unet"], "c_out": 1}), {
             "timesteps": weights.config["ddpm"].timesteps, "schedule": "linear"}
     else:
         net, config = UNet(**weights.config["unet"]), weights.config["ddpm"]
