@@ -1,26 +1,36 @@
 """Keep self-contained lessons from drifting apart, and show what each one adds.
 
-    python -m tools.lineage check              every rule below; one line for each breach
-    python -m tools.lineage sync               rewrite copies after their origin improved, pin new adaptations,
-                                               fill the table of what is new in each README
+    python -m tools.lineage check [lesson ...]     every rule below; one line for each breach
+    python -m tools.lineage sync [lesson ...]      write earlier.py, rewrite copies after their origin improved, pin
+                                               new adaptations, fill the table of what is new in each README
     python -m tools.lineage sync --accept lesson_09/model.py:UNet
                                                pin the changed origin of UNet, after a look at both
     python -m tools.lineage diff lesson_09     what the lesson adds to its parent (also: 09, 05a, lesson_05a)
     python -m tools.lineage tree [--mermaid]   the tree of lessons in lessons.yaml
 
-A definition (function, class or method) that another lesson introduced says so in the comment right above it:
+What model.py takes from earlier lessons it imports, one line an origin:
 
-    # Copied from lesson_05/model.py: ResBlock
+    import earlier                                              # lesson 05: UNet
+    from earlier import Attention, ResBlock, noise_like         # lesson 05
+
+`sync` writes these definitions and all that they need into the earlier.py beside it (tools/earlier.py). A line names
+the owner, the lesson in whose model.py the definition stands, and every definition has one owner. `earlier.UNet` is
+for the subclass of the same name, `class UNet(earlier.UNet)`. The scripts import from model, not from earlier.
+
+What a script, or a method of a fresh class, has from another lesson is marked in the comment right above it:
+
+    # Copied from lesson_05/train.py: main
     # Adapted from lesson_05/model.py: UNet -- adds a class embedding (Sec. 2)
 
 A copy equals its origin as a syntax tree, docstrings and comments aside; its origin is the first owner. An
 adaptation gives its reason after `--` (a long one goes on in lines that start with `#   `), and the origin's
-hash is kept in lineage.lock, so that a change there asks for a second look here. Equal definitions of eight
-lines or more without a marker are an error, and so is an import across the borders between lessons, utils and tools.
+hash is kept in lineage.lock, so that a change there asks for a second look here. Equal definitions in two scripts
+from eight lines of code on need a marker. Imports across the borders between lessons, utils and tools are an error.
 """
 import argparse
 import ast
 import difflib
+import functools
 import hashlib
 import io
 import itertools
@@ -33,10 +43,12 @@ from pathlib import Path
 
 import yaml
 
+from tools import earlier
+from utils.syntax import KINDS, dump
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("model.py", "train.py", "sample.py", "reproduce.py")
-KINDS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-TWIN_LINES = 8                          # equal definitions need a marker from this many lines of code on
+TWIN_LINES = 8                          # equal definitions in scripts need a marker from this many lines of code on
 MODEL_IMPORTS = {"torch", "einops", "numpy", "torchdiffeq", *sys.stdlib_module_names}
 LOCK = "lineage.lock"                   # one line for each adaptation: "adapted <- origin hash"
 START, END = "<!-- lineage:start -->", "<!-- lineage:end -->"
@@ -57,7 +69,7 @@ class Definition:
     node: ast.AST
     lines: list                         # of the whole file
     owner: "Definition | None"          # the class of a method
-    size: int = 0                       # lines of code: no docstrings, comments or blank lines
+    rows_of_code: dict = field(default_factory=dict)    # {row: line}: no docstrings, comments or blank lines
     kind: str = ""                      # of its marker: "Copied", "Adapted" or, without one, empty
     origin: str = ""                    # label of the definition that the marker names
     reason: str = ""
@@ -69,6 +81,7 @@ class Definition:
         self.last = self.node.end_lineno
         self.code = dump(self.node)
         self.hash = hashlib.sha256(self.code.encode()).hexdigest()[:8]
+        self.size = len(self.rows_of_code)
 
 
 @dataclass
@@ -77,26 +90,28 @@ class House:
     lessons: list                       # the entries of lessons.yaml
     folders: list                       # of the lessons that exist
     defs: dict = field(default_factory=dict)            # label: Definition
+    models: dict = field(default_factory=dict)          # folder: tools.earlier.Model of its model.py
+    code: dict = field(default_factory=dict)            # path: {row: line of code}
+    trees: dict = field(default_factory=dict)           # path: syntax tree
     problems: list = field(default_factory=list)        # (path, line, what could not be read)
+
+    @functools.cached_property
+    def numbers(self):
+        """{"05a": folder}, older lessons first: in the order of the register, but each after its parents."""
+        waiting, numbers = list(self.lessons), {}
+        while waiting:
+            known = {lesson["number"] for lesson in waiting}
+            entry = next((lesson for lesson in waiting if not known.intersection(lesson["parents"])), waiting[0])
+            numbers[entry["number"]] = entry["folder"]
+            waiting.remove(entry)
+        return numbers
+
+    def earlier(self, folder):
+        """What earlier.py of a lesson holds, as tools.earlier builds it."""
+        return earlier.build(self.models, self.numbers, folder)
 
     def parent(self, lesson):
         return next((entry for entry in self.lessons if entry["number"] in lesson["parents"][:1]), None)
-
-
-def docstring(node):
-    """The statement that is a definition's docstring, or None."""
-    return node.body[0] if isinstance(node, KINDS) and ast.get_docstring(node, clean=False) is not None else None
-
-
-def dump(node):
-    """A syntax tree as text without docstrings and positions, the same on every version of Python."""
-    if isinstance(node, list):
-        return "[" + ", ".join(map(dump, node)) + "]"
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = dict(ast.iter_fields(node), **({"body": node.body[1:]} if docstring(node) else {}))
-    inside = (f"{name}={dump(value)}" for name, value in fields.items() if value not in (None, []) and name != "kind")
-    return f"{type(node).__name__}({', '.join(inside)})"
 
 
 def load_lessons(root):
@@ -142,6 +157,10 @@ def read_file(house, path):
     """Add the definitions of one file, with their markers, to the house."""
     text, tree = parse(house, path)
     lines, comments, code = text.splitlines(), {}, set()
+    house.trees[path], house.code[path] = tree, earlier.code_rows(text, tree)
+    if path.endswith("/model.py"):
+        folder = path.rpartition("/")[0]
+        house.models[folder] = earlier.read(folder, text, tree)
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             comments[token.start[0]] = token.string
@@ -150,13 +169,13 @@ def read_file(house, path):
 
     unused = {row for row, comment in comments.items() if LIKE_A_MARKER.match(comment)}
     for node, owner in definitions(tree):
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
         d = Definition(path, f"{owner.name}.{node.name}" if owner else node.name, node, lines,
-                       house.defs[f"{path}: {owner.name}"] if owner else None)
+                       house.defs[f"{path}: {owner.name}"] if owner else None,
+                       {row: line for row, line in house.code[path].items() if first <= row <= node.end_lineno})
         if d.label in house.defs:                               # a property's setter: it goes with its class
             continue
         house.defs[d.label] = d
-        docs = {row for doc in map(docstring, ast.walk(node)) if doc for row in range(doc.lineno, doc.end_lineno + 1)}
-        d.size = len({row for row in code - docs if d.first <= row <= d.last})
         row = d.first - 1
         while row in comments and row not in code:              # up through the comment right above it
             if (match := MARKER.fullmatch(comments[row])) and not d.kind:
@@ -174,12 +193,59 @@ def read_file(house, path):
 
 
 # --- check -----------------------------------------------------------------------------------------------------
-def check(root):
-    """Every breach of the rules as one line, `file:line: what is wrong: what to do`."""
+def check(root, only=None):
+    """Every breach of the rules as one line, `file:line: what is wrong: what to do`. only: folders of some lessons."""
     house = load(root)
-    rules = check_markers, check_twins, check_pins, check_imports, check_tables
-    found = {problem for rule in rules for problem in rule(house)}
-    return [f"{path}:{line}: {text}" for path, line, text in sorted(found.union(house.problems))]
+    rules = check_earlier, check_markers, check_twins, check_pins, check_imports, check_tables
+    found = {problem for rule in rules for problem in rule(house)}.union(house.problems)
+    return [f"{path}:{line}: {text}" for path, line, text in sorted(found) if only is None or belongs(path, text, only)]
+
+
+def belongs(path, text, folders):
+    """Whether a problem is one of these lessons'; in lineage.lock the line says whose it is."""
+    return path.rpartition("/")[0] in folders or path == LOCK and text.partition(":")[0].strip("`").rpartition("/")[
+        0] in folders
+
+
+def check_earlier(house):
+    """model.py takes what is there from those who own it, and earlier.py is what `sync` would write."""
+    for folder, model in house.models.items():
+        path, file = f"{folder}/model.py", house.root / folder / "earlier.py"
+        built = house.earlier(folder)
+        yield from ((path, row, text) for row, text in model.problems + built.problems)
+        handed_on = imported_from_model(house, folder)
+        for row, _, names in model.lines:
+            if idle := [name for name in names if name not in model.used | handed_on]:
+                yield path, row, f"takes {', '.join(idle)}, which neither model.py nor a script uses: drop it"
+        for name in model.imports.keys() - model.used - handed_on:      # ruff cannot say so: F401 is off in model.py
+            if all(module != "__future__" for module, _, _ in model.imports[name]):
+                yield path, 1, f"imports {name} and does not use it: drop it"
+        if model.problems or built.problems:
+            continue
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        if text and not built.text:
+            yield f"{folder}/earlier.py", 1, f"model.py takes nothing from earlier: {SYNC}, which removes this file"
+        elif built.text and not file.exists():
+            yield path, 1, f"there is no earlier.py beside it: {SYNC}"
+        elif text != built.text:
+            line = next((row for row, (a, b) in enumerate(itertools.zip_longest(
+                text.splitlines(), built.text.splitlines()), 1) if a != b), 1)
+            yield f"{folder}/earlier.py", line, f"differs from what model.py takes: do not edit it, {SYNC}"
+
+
+def imported_from_model(house, folder):
+    """The names that the scripts of a lesson import from its model."""
+    names = set()
+    for file in (house.root / folder).glob("*.py"):
+        if file.name in ("model.py", "earlier.py"):
+            continue
+        path = f"{folder}/{file.name}"
+        for node in ast.walk(house.trees[path] if path in house.trees else parse(house, path)[1]):
+            if isinstance(node, ast.ImportFrom) and node.module == "model":
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "model":
+                names.add(node.attr)
+    return names
 
 
 def taken_from(house, d):
@@ -205,12 +271,17 @@ def check_markers(house):
         if not d.kind:
             continue
         origin, copied, here = house.defs.get(d.origin), d.kind == "Copied", (d.path, d.rows[0])
+        if copied and not d.owner and d.path.endswith("/model.py"):
+            number = owner_number(house, d.origin)
+            yield *here, f"{d.name} is a copy: import it, `from earlier import {d.name}  # lesson {number}`"
+            continue
         if copied and d.reason:
             yield *here, f"{d.name} is marked as a copy but gives a reason: write `Adapted`, or drop the reason"
         if not copied and not d.reason:
             yield *here, f"{d.name} does not say what was adapted: add ` -- REASON` to the marker"
         if origin is None:
-            yield *here, f"there is no {d.origin}: correct the marker of {d.name}"
+            yield *here, f"there is no {d.origin}: " + (taken_by(house, d.origin)
+                                                       or f"correct the marker of {d.name}")
         elif origin.lesson == d.lesson:
             yield *here, f"{d.origin} is in the same lesson: import it"
         elif taken_from(house, origin):
@@ -223,23 +294,60 @@ def check_markers(house):
             yield *here, f"{d.name} equals {d.origin}: write `# Copied from {d.origin}`"
 
 
+def owner_number(house, label):
+    """The number of the lesson that owns what a marker names, as far as known; else "NN"."""
+    path, _, name = first_owner(house, label).partition(": ")
+    folder = path.rpartition("/")[0]
+    own = next((number for number, place in house.numbers.items() if place == folder), "NN")
+    return house.models[folder].taken.get(name, (own,))[0] if folder in house.models else own
+
+
+def taken_by(house, label):
+    """Who owns a definition that the named model.py takes from earlier, as advice, or ''."""
+    path, _, name = label.partition(": ")
+    model = house.models.get(path.removesuffix("/model.py"))
+    number = model and model.taken.get(name.partition(".")[0], (None,))[0]
+    return f"name its owner, {house.numbers[number]}/model.py: {name}" if number in house.numbers else ""
+
+
+def has_owner(d):
+    """Whether a definition of model.py belongs to one lesson alone, so that an equal one elsewhere is an error.
+
+    Classes and functions do, whatever their length. Of the methods those do not whose name and form the framework
+    gives (__init__, forward: equal ones mean little until they are long) and those whose whole body is one line.
+    """
+    if not d.path.endswith("/model.py"):
+        return False
+    return not d.owner or d.size > 2 and d.short != "forward" and not re.fullmatch("__.+__", d.short)
+
+
 def check_twins(house):
     """Equal definitions in different lessons of which none says that it comes from the other."""
-    groups, flagged = {}, set()
-    for d in house.defs.values():
-        if d.size >= TWIN_LINES:                                # the name, which comes first, may differ
-            groups.setdefault(d.code.replace(f"name={d.short!r}", "", 1), []).append(d)
-    for group in groups.values():
-        labels = {d.label for d in group}
-        own = [d for d in group if not taken_from(house, d) and not (d.owner and d.owner.label in flagged)]
-        own.sort(key=lambda d: (d.kind, d.path))
-        for d in own[1:]:
-            first = own[0]
-            if d.lesson != first.lesson and d.origin not in labels:
-                flagged.add(d.label)
-                rename = "" if d.short == first.short else f"call it {first.short} and "
-                yield d.path, d.first, (f"{d.name} equals {first.label} ({d.size} lines): {rename}write "
-                                        f"`# Copied from {first.label}` above it, or mark the other one")
+    age, flagged = {folder: place for place, folder in enumerate(house.numbers.values())}, set()
+    for rule in has_owner, lambda d: d.size >= TWIN_LINES:
+        groups = {}
+        for d in filter(rule, house.defs.values()):
+            base = house.models[d.lesson].bases.get(d.name, ("",))[0] if d.path.endswith("/model.py") else ""
+            groups.setdefault((d.code.replace(f"name={d.short!r}", "", 1), base), []).append(d)     # names may differ
+        for group in groups.values():
+            labels = {d.label for d in group}
+            own = [d for d in group if not taken_from(house, d) and not (d.owner and d.owner.label in flagged)]
+            own.sort(key=lambda d: (d.kind, age.get(d.lesson, len(age)), d.path))
+            for d in own[1:]:
+                first = own[0]
+                if d.lesson != first.lesson and d.origin not in labels and d.label not in flagged:
+                    flagged.add(d.label)
+                    yield d.path, d.first, f"{d.name} equals {first.label} ({d.size} lines): {advice(house, d, first)}"
+
+
+def advice(house, d, first):
+    """What to do about `d`, which equals `first`."""
+    number = next((number for number, folder in house.numbers.items() if folder == first.lesson), "NN")
+    if not d.owner and not first.owner and d.path.endswith("/model.py") and first.path.endswith("/model.py"):
+        return f"take it, `from earlier import {first.name}  # lesson {number}`, or let the other one take it from here"
+    rename = "" if d.short == first.short else f"call it {first.short} and "
+    inherit = ", or inherit it" if d.owner and first.owner and d.path.endswith("/model.py") else ""
+    return f"{rename}write `# Copied from {first.label}` above it{inherit}, or mark the other one"
 
 
 def read_lock(house):
@@ -291,12 +399,16 @@ def check_imports(house):
                     yield *here, "relative import: lessons run as scripts; write `from model import ...`"
                 elif top == "tools" and not level:
                     yield *here, "imports tools: only tools and tests may"
-                elif in_lesson and file.name == "model.py" and top not in MODEL_IMPORTS:
-                    yield *here, (f"imports {top}: model.py may import torch, einops, numpy, torchdiffeq and the "
-                                  "standard library only, so that it can be copied out alone")
+                elif in_lesson and top == "earlier" and file.name != "model.py":
+                    yield *here, ("imports earlier: write `from model import ...`" if file.name != "earlier.py" else
+                                  "imports earlier: earlier.py stands alone")
+                elif in_lesson and file.name in ("model.py", "earlier.py") and top not in {*MODEL_IMPORTS, "earlier"}:
+                    yield *here, (f"imports {top}: {file.name} may import torch, einops, numpy, torchdiffeq and the "
+                                  "standard library only, so that model.py and earlier.py can be copied out together")
                 elif in_lesson and re.match(r"lesson_\d", top):
                     yield *here, f"imports {top}: copy what you need under `# Copied from ...`, or read its weights"
-                elif not in_lesson and (re.match(r"lesson_\d", top) or not level and f"{top}.py" in FILES):
+                elif not in_lesson and (re.match(r"lesson_\d", top)
+                                        or not level and f"{top}.py" in (*FILES, "earlier.py")):
                     yield *here, f"imports {top}, a lesson's code: let the lesson hand over what utils needs"
 
 
@@ -320,11 +432,32 @@ def table(house, lesson):
                 adapted.append(f"| adapted | `{file}` | `{d.name}` | from {renamed}{link}: {escape(d.reason)} |")
         elif not d.owner:
             text = (ast.get_docstring(d.node) or "").split("\n\n")[0]
-            new.append(f"| **new** | `{file}` | `{d.name}` | {escape(text)} |")
-    same = [f"| copied | `{file}` | {', '.join(names)} | from {link} |" for (file, link), names in copied.items()]
+            new.append(f"| **new** | `{file}` | `{d.name}` | {escape(text)}{built_on(house, d)} |")
+    lines = [line for line in house.models[folder].lines if line[1] in house.numbers] if folder in house.models else []
+    same = [f"| taken | `model.py` | `{'`, `'.join(names)}` | from {link_to(house, number, folder)} |"
+            for _, number, names in lines]
+    same += [f"| copied | `{file}` | {', '.join(names)} | from {link} |" for (file, link), names in copied.items()]
     note = [f"Lesson {parent['number']} is not written yet: what comes from no other lesson counts as new.\n"
             ] if parent and parent["state"] != "ready" else []
     return "\n".join([*note, "| | file | definition | |", "|---|---|---|---|", *new, *adapted, *same])
+
+
+def link_to(house, number, folder):
+    """A Markdown link from a lesson's page to the model.py of lesson `number`."""
+    origin = house.numbers[number]
+    return f"[{origin}]({os.path.relpath(f'{origin}/model.py', folder).replace(os.sep, '/')})"
+
+
+def built_on(house, d):
+    """Which classes of earlier lessons a class of model.py extends, as a sentence, or ''."""
+    found = []
+    if isinstance(d.node, ast.ClassDef) and d.path.endswith("/model.py"):
+        model = house.models[d.lesson]
+        for base in map(ast.unparse, d.node.bases):
+            lines, name = (model.bases, base[8:]) if base.startswith("earlier.") else (model.taken, base)
+            if name in lines and lines[name][0] in house.numbers:
+                found.append(f"`{name}` of {link_to(house, lines[name][0], d.lesson)}")
+    return f" Extends {' and '.join(found)}." if found else ""
 
 
 def escape(text):
@@ -363,16 +496,22 @@ def check_tables(house):
 
 
 # --- sync ------------------------------------------------------------------------------------------------------
-def sync(root, accept=()):
-    """Rewrite copies, pin adaptations, fill tables. Returns what was done, one line each."""
+def sync(root, accept=(), only=None):
+    """Write earlier.py, rewrite copies, pin adaptations, fill tables. Returns what was done, one line each.
+
+    only: the folders of some lessons; the others keep their files and pins.
+    """
     house, done, plan = load(root), [], []
     accept = {re.sub(r":\s*", ": ", label) for label in accept}
     if unknown := accept - {d.label for d in adaptations(house).values()}:
         raise Mistake(f"--accept: {unknown.pop()} is not an adapted definition; write lesson_NN/FILE.py:NAME")
     if house.problems:                                          # half-read lessons would lose their pins and rows
         return done
+    only = set(house.folders) if only is None else set(only)
 
     for d in house.defs.values():
+        if d.lesson not in only or d.path.endswith("/model.py") and not d.owner:
+            continue
         origin = house.defs.get(d.origin) if d.kind == "Copied" else None
         if (origin and origin.code != d.code and origin.short == d.short and origin.lesson != d.lesson
                 and not taken_from(house, origin)):
@@ -385,9 +524,23 @@ def sync(root, accept=()):
         done.append(f"{d.path}:{d.first}: {d.name} rewritten from {d.origin}")
 
     house = load(root)
-    lock, pins = read_lock(house), {}
-    for key, d in adaptations(house).items():
+    for folder in house.models.keys() & only:
+        file, built = root / folder / "earlier.py", house.earlier(folder)
+        old = file.read_text(encoding="utf-8") if file.exists() else ""
+        if house.models[folder].problems or built.problems or old == built.text:
+            continue
+        if built.text:
+            file.write_text(built.text, encoding="utf-8", newline="\n")
+        else:
+            file.unlink()
+        done.append(f"{folder}/earlier.py: {'written' if built.text else 'removed'}")
+
+    lock, adapted = read_lock(house), adaptations(house)
+    pins = {key: value for key, (value, _) in lock.items() if key.partition(":")[0].rpartition("/")[0] not in only}
+    for key, d in adapted.items():
         origin = house.defs.get(d.origin)
+        if d.lesson not in only:
+            continue
         if key in lock and (d.label not in accept or origin is None):
             pins[key] = lock[key][0]
         elif origin:
@@ -399,7 +552,7 @@ def sync(root, accept=()):
 
     for lesson in house.lessons:
         old, new, problem = fill(house, lesson)
-        if old != new and not problem and lesson["folder"] in house.folders:
+        if old != new and not problem and lesson["folder"] in only & set(house.folders):
             (root / lesson["folder"] / "README.md").write_text(new, encoding="utf-8")
             done.append(f"{lesson['folder']}/README.md: table of what is new filled")
     return done
@@ -528,8 +681,10 @@ def main(argv=None, root=ROOT):
     parser = Parser(prog="python -m tools.lineage", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{check,sync,diff,tree}")
-    commands.add_parser("check")
-    commands.add_parser("sync").add_argument("--accept", metavar="lesson_NN/FILE.py:NAME", action="append", default=[])
+    commands.add_parser("check").add_argument("lessons", metavar="lesson", nargs="*")
+    command = commands.add_parser("sync")
+    command.add_argument("lessons", metavar="lesson", nargs="*")
+    command.add_argument("--accept", metavar="lesson_NN/FILE.py:NAME", action="append", default=[])
     commands.add_parser("diff").add_argument("lesson")
     commands.add_parser("tree").add_argument("--mermaid", action="store_true")
     try:
@@ -540,8 +695,13 @@ def main(argv=None, root=ROOT):
         elif args.command == "diff":
             lines = paint(diff(root, args.lesson), sys.stdout.isatty() and "NO_COLOR" not in os.environ)
         else:
-            done = sync(root, args.accept) if args.command == "sync" else []
-            problems = check(root)
+            only = None
+            if args.lessons:
+                house = House(root, load_lessons(root), [path.relative_to(root).as_posix() for path in (
+                    *root.glob("lesson_*"), *root.glob("lesson_*/sublesson_*")) if path.is_dir()])
+                only = {find(house, name)["folder"] for name in args.lessons}
+            done = sync(root, args.accept, only) if args.command == "sync" else []
+            problems = check(root, only)
             lines = done + problems or ["lineage: all in order"]
         print("\n".join(lines), flush=True)
         return 1 if problems else 0
