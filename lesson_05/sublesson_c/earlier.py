@@ -1,20 +1,9 @@
-"""tmp"""
-import math
-import torch
+"""What lesson 05c takes from earlier lessons, word for word.
 
+Written by `python -m tools.lineage sync` from the import lines of model.py. Do not edit it: change a definition
+where it stands, in the file named above it, and run the command again.
+"""
 
-def noise_like(x, generator=None):
-    """Standard Gaussian noise. A CPU generator gives the same noise on every device."""
-    if generator is None:
-        return torch.randn_like(x)
-    return torch.randn(x.shape, generator=generator).to(x.device)
-
-
-def time_embedding(t, dim):
-    """Sines, then cosines, of t at dim / 2 frequencies from 1 down to 1/10000. (B,) -> (B, dim)."""
-    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - 1))
-    angle = t.float()[:, None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
 import math
 
 import torch
@@ -23,8 +12,23 @@ from einops import rearrange
 from torch import nn
 
 
+# lesson_01/model.py
+def noise_like(x, generator=None):
+    """Standard Gaussian noise, the eps of DDPM, Eq. (4), as large as x. A CPU generator gives the same everywhere."""
+    if generator is None:
+        return torch.randn_like(x)
+    return torch.randn(x.shape, generator=generator).to(x.device)
 
-# ------------------------------------------------------------------ the process: Sections 2 and 3 of the paper
+
+# lesson_01/model.py
+def time_embedding(t, dim):
+    """Sines, then cosines, of t at dim / 2 frequencies from 1 down to 1/10000 (DDPM, App. B). (B,) -> (B, dim)."""
+    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - 1))
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+# lesson_05/model.py
 # Adapted from lesson_02/model.py: DPM -- a network of the noise, a plain squared error, a fixed covariance, grey levels
 class DDPM(nn.Module):
     """The process of Sec. 2 and 3: forward, reverse, loss, bound. Holds the schedule and no weights.
@@ -144,11 +148,13 @@ class DDPM(nn.Module):
         return self.prior_term(x0), torch.stack(terms, 1), torch.stack(errors, 1)
 
 
+# lesson_05/model.py
 def image(values):
     """The scalars of Eq. (4), one for each image, to multiply images with: (B,) -> (B, 1, 1, 1) float32."""
     return values.float()[:, None, None, None]
 
 
+# lesson_05/model.py
 def discretized_log_likelihood(x0, mean, sigma):
     """log p(x_0 | x_1), Eq. (13): nats of N(mean, sigma^2) in the bin of x_0, 2/255 wide, the outer ones open."""
     x0, mean, sigma = x0.double(), mean.double(), sigma.double()
@@ -161,7 +167,7 @@ def discretized_log_likelihood(x0, mean, sigma):
     return (log_upper + torch.log1p(-torch.exp(log_lower - log_upper))).float()
 
 
-# ------------------------------------------------------------------ the network: Appendix B of the paper
+# lesson_05/model.py
 class UNet(nn.Module):
     """U-Net over an image and a time (App. B). Lessons that change a part override `embed`, `block`, `level`, `bottom`.
 
@@ -235,6 +241,7 @@ class UNet(nn.Module):
         return self.body(x, self.embed(t))
 
 
+# lesson_05/model.py
 class Level(nn.Sequential):
     """Layers one after the other at one resolution (App. B); a residual block is also told the time."""
     def forward(self, h, emb):                          # (B, C, H, W), (B, width) -> (B, C', H, W)
@@ -243,6 +250,7 @@ class Level(nn.Sequential):
         return h
 
 
+# lesson_05/model.py
 class ResBlock(nn.Module):
     """GroupNorm, swish, convolution, twice; the time enters between the two (App. B). conv2 starts at 0."""
     def __init__(self, c_in, c_out, width, dropout=0.0, groups=32):
@@ -258,6 +266,7 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
 
 
+# lesson_05/model.py
 class Attention(nn.Module):
     """Self-attention over the positions (App. B), one head as wide as the block. The last projection starts at 0."""
     def __init__(self, channels, groups=32):
@@ -272,6 +281,7 @@ class Attention(nn.Module):
         return x + rearrange(self.out(weights @ v), "b (h w) c -> b c h w", h=x.shape[2])
 
 
+# lesson_05/model.py
 class Downsample(nn.Module):
     """Half the resolution (App. B). Padding on the right and bottom only, as TensorFlow's SAME does."""
     def __init__(self, channels):
@@ -282,6 +292,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
+# lesson_05/model.py
 class Upsample(nn.Module):
     """Twice the resolution (App. B): nearest neighbour, then a convolution."""
     def __init__(self, channels):
@@ -292,16 +303,19 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
+# lesson_05/model.py
 def conv(c_in, c_out, kernel=3, zero=False):
     """A convolution (App. B) that keeps the resolution, started as the official code starts it."""
     return initialised(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2), zero)
 
 
+# lesson_05/model.py
 def linear(c_in, c_out, zero=False):
     """A linear layer (App. B), started as the official code starts it."""
     return initialised(nn.Linear(c_in, c_out), zero)
 
 
+# lesson_05/model.py
 def initialised(layer, zero=False):
     """The start of a layer of App. B in the official code: uniform, variance 2 / (fan in + fan out), or 0; biases 0."""
     nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)

@@ -22,21 +22,25 @@ from earlier import DDPM, Attention, Level, ResBlock, initialised  # lesson 05
 def drop(c, null, p):
     """Replace each sample's condition by `null` with probability p: a coin for every sample, not one for the batch.
 
-    c (B, ...), null the same shape or one that broadcasts to it -> (B, ...).
+    Line 3 of Ho and Salimans (2022), Alg. 1. c (B, ...), null the same shape or one that broadcasts to it -> (B, ...).
     """
     dropped = torch.rand(len(c), device=c.device) < p
     return torch.where(dropped.view(-1, *[1] * (c.dim() - 1)), null, c)
 
 
 def given(net, c):
-    """The network with its condition filled in: eps(x_t, t, c) as the function of x_t and t that DDPM calls."""
+    """The network of Eq. (3) with its condition filled in: eps(x_t, t, c) as the function of x_t and t that DDPM calls.
+
+    net(x_t, t, c), c (B, ...) -> a function of x_t (B, C, H, W) and t (B,).
+    """
     return lambda xt, t: net(xt, t, c)
 
 
 def guided(net, c, null, w=1.0):
     """eps = eps_u + w (eps_c - eps_u), as a function of x_t and t; two network calls unless w is 0 or 1.
 
-    c, null (B, ...): the condition and its absence. w = 0: no condition; w = 1: the plain conditional network.
+    Ho and Salimans (2022), Eq. (6), whose w is ours less 1. c, null (B, ...): the condition and its absence.
+    w = 0: no condition; w = 1: the plain conditional network.
     """
     if w in (0, 1):
         return given(net, c if w else null)
@@ -49,7 +53,7 @@ def guided(net, c, null, w=1.0):
 
 
 class ClassTokens(nn.Module):
-    """The context of a class: L learned tokens for each, and L for "no class", the last row of the table.
+    """The context of a class, tau_theta(y) of Sec. 3.3: L learned tokens, and L for "no class", the table's last row.
 
     A learned null is a context like any other. Zeros would leave W_O's bias alone, the same at every position.
     """
@@ -64,7 +68,7 @@ class ClassTokens(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V with Q = W_Q x, K = W_K c, V = W_V c (LDM, Sec. 3.3), in several heads, then W_O.
+    """softmax(Q K^T / sqrt(d)) V with Q = W_Q x, K = W_K c, V = W_V c (Sec. 3.3), in several heads, then W_O.
 
     Tokens x (B, N, C) ask, a context (B, L, D) answers. No biases but W_O's.
     """
@@ -77,11 +81,14 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(inner, channels)
 
     def split(self, x):
-        """(B, N, heads d) -> (B, heads, N, d)."""
+        """The heads of Sec. 3.3 side by side: (B, N, heads d) -> (B, heads, N, d)."""
         return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
 
     def weights(self, x, context):
-        """How much each of the N tokens takes from each of the L: (B, heads, N, L), sums over L are 1."""
+        """How much each of the N tokens takes from each of the L, the softmax of Sec. 3.3.
+
+        x (B, N, C), context (B, L, D) -> (B, heads, N, L), whose sums over L are 1.
+        """
         q, k = self.split(self.q(x)), self.split(self.k(context))
         return torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[3]), dim=3)
 
@@ -92,7 +99,10 @@ class CrossAttention(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Every position of the image attends to the context. The projection W_O starts at 0: at first nothing changes."""
+    """Every position of the image attends to the context (Sec. 3.3).
+
+    W_O starts at 0, so that at first nothing changes.
+    """
 
     def __init__(self, channels, context, heads, groups=32):
         super().__init__()
@@ -109,8 +119,24 @@ class CrossBlock(nn.Module):
 
 
 # ------------------------------------------------------------------ the network
+class CrossLevel(Level):
+    """The layers of a level (Fig. 3); a residual block is told the time, self-attention nothing, others the context."""
+
+    def forward(self, h, told):
+        """h (B, C, H, W), told: the time's embedding (B, width) and the context (B, L, D) -> (B, C', H, W)."""
+        emb, context = told
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                h = layer(h, emb)
+            elif isinstance(layer, Attention):
+                h = layer(h)
+            else:
+                h = layer(h, context)
+        return h
+
+
 class UNet(earlier.UNet):
-    """Lesson 05's U-Net, whose positions also attend to the tokens of a class (LDM, Sec. 3.3 and Fig. 3).
+    """Lesson 05's U-Net, whose positions also attend to the tokens of a class (Sec. 3.3 and Fig. 3).
 
     attention  resolutions at which every block is followed by cross-attention (the bottom always is)
     classes    the condition is 0 ... classes - 1, or `classes` for none
@@ -125,31 +151,17 @@ class UNet(earlier.UNet):
         self.classes = ClassTokens(classes, tokens, context)
 
     def cross(self, channels):
-        """Cross-attention for a level of this width (LDM, Sec. 3.3)."""
+        """What a level of this width has to meet the context with (Sec. 3.3)."""
         return CrossBlock(channels, self.context, self.heads, self.groups)
 
     def level(self, c_in, c_out, attend):
-        """A residual block and, if `attend`, cross-attention (LDM, Sec. 3.3) instead of self-attention."""
+        """A residual block and, if `attend`, cross-attention (Sec. 3.3) where lesson 05 has self-attention."""
         return CrossLevel(self.block(c_in, c_out), *([self.cross(c_out)] if attend else []))
 
     def bottom(self, c):
-        """Between the way down and the way up: self-attention, then cross-attention (LDM, Sec. 3.3)."""
+        """Between the way down and the way up: self-attention, then cross-attention (Sec. 3.3)."""
         return CrossLevel(self.block(c, c), Attention(c, self.groups), self.cross(c), self.block(c, c))
 
     def forward(self, x, t, c):
-        """x (B, C, H, W), t (B,) int, c (B,) int -> the predicted noise, (B, C, H, W)."""
+        """eps_theta(x_t, t, tau_theta(c)): x (B, C, H, W), t (B,) int, c (B,) int -> the noise, (B, C, H, W)."""
         return self.body(x, (self.embed(t), self.classes(c)))
-
-
-class CrossLevel(Level):
-    """The layers of a level (LDM, Sec. 3.3); a residual block is told the time, cross-attention the context."""
-
-    def forward(self, h, told):
-        """h (B, C, H, W), told: the time's embedding (B, width) and the context (B, L, D) -> (B, C', H, W)."""
-        emb, context = told
-        for layer in self:
-            if isinstance(layer, ResBlock):
-                h = layer(h, emb)
-            else:
-                h = layer(h, context) if isinstance(layer, CrossBlock) else layer(h)
-        return h
