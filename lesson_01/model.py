@@ -4,6 +4,9 @@ Convention: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; t runs from data (0) 
 network as that integer. t = 0 already holds one step of noise; t = -1 is the clean data, abar_{-1} = 1.
 A batch x is (B, ...): points (B, 2) within [-2, 2], or images (B, 1, 28, 28) in [-1, 1]: both about as large as the
 noise. t and s are (B,) int64, s earlier than t.
+
+This lesson has no paper. Where an idea stands in one, the paper is named: DDPM is lesson 05, DPM lesson 02, NCSN
+lesson 03, IDDPM lesson 09, EDM lesson 20. DDPM counts t from 1 to T.
 """
 
 import math
@@ -13,9 +16,25 @@ import torch.nn.functional as F
 from torch import nn
 
 
+# ------------------------------------------------------------------ two small tools
+def wide(values, x):
+    """One number for each element of a batch x, to multiply it with, as in DDPM, Eq. (4). (B,) -> (B, 1, ...).
+
+    The schedule is kept in float64; what comes out has the precision of x.
+    """
+    return values.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def noise_like(x, generator=None):
+    """Standard Gaussian noise, the eps of DDPM, Eq. (4), as large as x. A CPU generator gives the same everywhere."""
+    if generator is None:
+        return torch.randn_like(x)
+    return torch.randn(x.shape, generator=generator).to(x.device)
+
+
 # ------------------------------------------------------------------ the process
 class Diffusion(nn.Module):
-    """The noising of data, the three targets, the loss, and the walk back. Holds the schedule and no weights.
+    """The noising of data, the three targets, the loss, and the walk back (DDPM, Sec. 2). Holds no weights.
 
     timesteps       T
     beta_1, beta_T  variance of the noise that the first and the last step add; in between a straight line
@@ -34,38 +53,47 @@ class Diffusion(nn.Module):
         self.register_buffer("abar", torch.cat([abar, abar.new_ones(1)]), persistent=False)        # abar[-1] = 1
 
     # ------------------------------------------------------------------ forward: data to noise
+    def beta(self, t, s):
+        """The variance that the steps from s to t add: beta_t for s = t - 1 (DDPM, Eq. (2)). (B,) float64."""
+        return 1 - self.abar[t] / self.abar[s]
+
     def q_step(self, x, t, eps):
-        """x_t ~ q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I): shrink a little, add a little noise."""
+        """x_t ~ q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I): one step of noise (DDPM, Eq. (2)). (B, ...).
+
+        The data shrink a little and get a little noise, so that a variance of 1 stays 1.
+        """
         beta = self.beta(t, t - 1)
         return wide((1 - beta).sqrt(), x) * x + wide(beta.sqrt(), x) * eps
 
     def q_sample(self, x0, t, eps):
-        """x_t ~ q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I): all the steps from -1 to t in one jump."""
-        return wide(self.abar[t].sqrt(), x0) * x0 + wide((1 - self.abar[t]).sqrt(), x0) * eps
+        """x_t ~ q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) (DDPM, Eq. (4)), all the steps in one jump.
 
-    def beta(self, t, s):
-        """The variance that the steps from s to t add: beta_t for s = t - 1. (B,) float64."""
-        return 1 - self.abar[t] / self.abar[s]
+        x0 (B, ...), and eps standard Gaussian noise of that shape -> (B, ...).
+        """
+        return wide(self.abar[t].sqrt(), x0) * x0 + wide((1 - self.abar[t]).sqrt(), x0) * eps
 
     # ------------------------------------------------------------------ one guess, three names
     def x0_from_eps(self, eps, xt, t):
-        """The clean data, if this was the noise: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps solved for x_0."""
+        """The clean data, if this was the noise: the jump to x_t solved for x_0 (DDPM, Eq. (15)). (B, ...)."""
         return (xt - wide((1 - self.abar[t]).sqrt(), xt) * eps) / wide(self.abar[t].sqrt(), xt)
 
     def eps_from_x0(self, x0, xt, t):
-        """The noise, if this was the clean data: the same equation solved for eps."""
+        """The noise, if this was the clean data: the jump to x_t (DDPM, Eq. (4)) solved for eps. (B, ...)."""
         return (xt - wide(self.abar[t].sqrt(), xt) * x0) / wide((1 - self.abar[t]).sqrt(), xt)
 
     def score_from_x0(self, x0, xt, t):
-        """Tweedie's formula: with x_0 = E[x_0 | x_t] this is the gradient of log q_t at x_t, where q_t rises."""
+        """Tweedie's formula (EDM, Eq. (3), there without the shrinking): the score of x_t. (B, ...).
+
+        With x_0 = E[x_0 | x_t] it is the gradient of log q_t at x_t: the direction in which q_t rises.
+        """
         return (wide(self.abar[t].sqrt(), xt) * x0 - xt) / wide(1 - self.abar[t], xt)
 
     def x0_from_score(self, score, xt, t):
-        """Tweedie's formula solved for E[x_0 | x_t]."""
+        """Tweedie's formula (EDM, Eq. (3)) solved for E[x_0 | x_t]. (B, ...)."""
         return (xt + wide(1 - self.abar[t], xt) * score) / wide(self.abar[t].sqrt(), xt)
 
     def predict_x0(self, net, xt, t):
-        """The clean data that the network's output stands for, (B, ...)."""
+        """The clean data that the network's output stands for (DDPM, Sec. 3.2, names the choices). (B, ...)."""
         output = net(xt, t)
         if self.predict == "noise":
             return self.x0_from_eps(output, xt, t)
@@ -73,9 +101,10 @@ class Diffusion(nn.Module):
 
     # ------------------------------------------------------------------ learning
     def loss(self, net, x0):
-        """Noise a batch, each element to a time of its own, and ask for what was lost. x0 (B, ...) -> scalar.
+        """Noise a batch, each element to a time of its own, and ask for what was lost (DDPM, Alg. 1). x0 -> scalar.
 
-        The least squared error is reached by the conditional mean, whichever of the three is asked for.
+        The least squared error is reached by the conditional mean, whichever of the three is asked for. With "noise"
+        this is DDPM, Eq. (14).
         """
         t = torch.randint(self.timesteps, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
@@ -86,21 +115,22 @@ class Diffusion(nn.Module):
 
     # ------------------------------------------------------------------ reverse: noise to data
     def q_posterior(self, x0, xt, t, s):
-        """The mean of q(x_s | x_t, x_0), a point between x_t and x_0. (B, ...)."""
+        """The mean of q(x_s | x_t, x_0), a point between x_t and x_0 (DDPM, Eq. (7), for s = t - 1). (B, ...)."""
         a = self.abar[s].sqrt() * self.beta(t, s) / (1 - self.abar[t])
         b = (1 - self.beta(t, s)).sqrt() * (1 - self.abar[s]) / (1 - self.abar[t])
         return wide(a, xt) * x0 + wide(b, xt) * xt
 
     def beta_tilde(self, t, s):
-        """The variance of q(x_s | x_t, x_0): 0 at s = -1, so the last step adds no noise. (B,) float64."""
+        """The variance of q(x_s | x_t, x_0) (DDPM, Eq. (7)): 0 at s = -1, the last step adds no noise. (B,) float64."""
         return (1 - self.abar[s]) / (1 - self.abar[t]) * self.beta(t, s)
 
     @torch.no_grad()
     def reverse(self, net, xT, steps=100, generator=None):
         """Walk from noise to data. Yields (t, x_s, x_0 estimate) after every step; the last x_s is the sample.
 
-        steps: how many of the T times to visit, evenly spaced, both ends included. Each step takes the network's
-        guess for x_0 and draws x_s from q(x_s | x_t, x_0).
+        Each step takes the network's guess for x_0 and draws x_s from q(x_s | x_t, x_0): DDPM, Alg. 2, with the
+        variance of DDPM, Eq. (7).
+        steps: how many of the T times to visit, evenly spaced, both ends included; DDPM visits all.
         """
         if not 1 < steps <= self.timesteps:
             raise ValueError(f"steps={steps} must be between 2 and {self.timesteps}")
@@ -114,23 +144,11 @@ class Diffusion(nn.Module):
             yield now, x, x0
 
     def sample(self, net, n, steps=100, shape=(2,), generator=None):
-        """n samples, (n, *shape): start from pure noise and walk back."""
+        """n samples, (n, *shape): start from pure noise and walk back (DDPM, Alg. 2)."""
         xT = noise_like(torch.empty(n, *shape, device=self.abar.device), generator)
         for _, x, _ in self.reverse(net, xT, steps, generator):
             pass
         return x
-
-
-def wide(values, x):
-    """(B,) -> (B, 1, ...) in the precision of x, to multiply a batch x with."""
-    return values.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-
-
-def noise_like(x, generator=None):
-    """Standard Gaussian noise. A CPU generator gives the same noise on every device."""
-    if generator is None:
-        return torch.randn_like(x)
-    return torch.randn(x.shape, generator=generator).to(x.device)
 
 
 # ------------------------------------------------------------------ data of which everything is known
@@ -138,7 +156,7 @@ class Mixture(nn.Module):
     """K Gaussians N(mean_k, std^2 I) with weights w_k. Called like a network, it returns the exact E[x_0 | x_t].
 
     With std = 0 and a mean for each training image it is the training set itself, and E[x_0 | x_t] is what a
-    network that fitted its loss perfectly would answer.
+    network that fitted its loss perfectly would answer (EDM, App. B.3).
 
     diffusion  the process that noises the data
     means      (K, ...); weights (K,), default: equal
@@ -153,16 +171,19 @@ class Mixture(nn.Module):
         self.register_buffer("weights", weights.double(), persistent=False)
 
     def draw(self, n, generator=None):
-        """n data points, (n, ...)."""
+        """n data points x_0 ~ q(x_0), the data distribution of DDPM, Sec. 2. (n, ...)."""
         means = self.means[torch.multinomial(self.weights, n, replacement=True, generator=generator)].float()
         return (means + self.std * noise_like(means, generator)).reshape(n, *self.shape)
 
     def variance(self, t):
-        """Of each Gaussian after t: the data's own, shrunk, and the noise. (B, 1)."""
+        """Of each Gaussian after t: the data's own, shrunk, and the noise (by DDPM, Eq. (4)). (B, 1)."""
         return (self.abar[t] * self.std ** 2 + 1 - self.abar[t])[:, None]
 
     def log_joint(self, xt, t):
-        """log of w_k N(x_t; sqrt(abar_t) mean_k, variance): x_t together with the Gaussian it came from. (B, K)."""
+        """log of w_k N(x_t; sqrt(abar_t) mean_k, variance): x_t together with the Gaussian it came from. (B, K).
+
+        By DDPM, Eq. (4), a mixture that is noised stays a mixture.
+        """
         x, abar, variance = xt.flatten(1).double(), self.abar[t][:, None], self.variance(t)
         cross = abar.sqrt() * (x @ self.means.T)
         distance2 = x.square().sum(1, keepdim=True) - 2 * cross + abar * self.means.square().sum(1)
@@ -170,7 +191,7 @@ class Mixture(nn.Module):
         return self.weights.log() + normal
 
     def log_q(self, xt, t):
-        """log q_t(x_t), the density of the noised data. (B,) float64."""
+        """log q_t(x_t), the density of the noised data: the sum over the Gaussians (EDM, App. B.3). (B,) float64."""
         return self.log_joint(xt, t).logsumexp(1)
 
     def forward(self, xt, t):
@@ -181,7 +202,10 @@ class Mixture(nn.Module):
         return x0.reshape(xt.shape).to(xt.dtype)
 
     def reverse_log_density(self, xs, xt, t, s):
-        """log q(x_s | x_t) by Bayes' rule: q(x_t | x_s) q(x_s) / q(x_t). What the walk back should draw. (B,)."""
+        """log q(x_s | x_t) by Bayes' rule: q(x_t | x_s) q(x_s) / q(x_t). What the walk back should draw. (B,).
+
+        It is a Gaussian, as the step of DDPM, Eq. (1), has it, only where the step is short.
+        """
         beta = 1 - self.abar[t] / self.abar[s]
         distance2 = (xt - wide((1 - beta).sqrt(), xs) * xs).flatten(1).square().sum(1)
         step = -distance2 / (2 * beta) - xs[0].numel() / 2 * (2 * math.pi * beta).log()
@@ -189,26 +213,44 @@ class Mixture(nn.Module):
 
 
 def two_gaussians(diffusion, weight=0.8, std=0.15):
-    """A large and a small cloud in the plane, at (0.7, 0.7) and opposite."""
+    """A large and a small cloud in the plane, at (0.7, 0.7) and opposite: the weights of NCSN, Sec. 3.2."""
     return Mixture(diffusion, torch.tensor([[0.7, 0.7], [-0.7, -0.7]]), [weight, 1 - weight], std)
 
 
 def eight_gaussians(diffusion, radius=1.6, std=0.12):
-    """Eight equal clouds on a circle."""
+    """Eight equal clouds on a circle: a data set of which EDM, App. B.3, gives the exact answer."""
     angle = torch.arange(8) * math.pi / 4
     return Mixture(diffusion, radius * torch.stack([angle.cos(), angle.sin()], dim=1), std=std)
 
 
 def swiss_roll(n, generator=None, width=0.04):
-    """Points on a spiral of one and a half turns, with a little noise across it. (n, 2) within [-2, 2]."""
+    """Points on a spiral of one and a half turns, with a little noise across it, as in DPM, Fig. 1. (n, 2)."""
     angle = math.pi * (1.5 + 3 * torch.rand(n, generator=generator))
     spiral = torch.stack([angle.cos(), angle.sin()], dim=1) * angle[:, None] / (4.5 * math.pi)
     return 1.8 * spiral + width * noise_like(spiral, generator)
 
 
 # ------------------------------------------------------------------ the network
+TIME = 32                                                   # numbers that tell the network the time
+
+
+def time_embedding(t, dim):
+    """Sines, then cosines, of t at dim / 2 frequencies from 1 down to 1/10000 (DDPM, App. B). (B,) -> (B, dim)."""
+    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - 1))
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def at_time(h, scale_and_shift):
+    """h (B, width), scaled and shifted as the time asks (IDDPM, App. A), through the nonlinearity. (B, width)."""
+    scale, shift = scale_and_shift.chunk(2, dim=1)
+    return F.silu(h * (1 + scale) + shift)
+
+
 class MLP(nn.Module):
-    """Fully connected layers with shortcuts; the time scales and shifts what enters each. No convolution, no U-Net.
+    """Fully connected layers with shortcuts; the time scales and shifts what enters each.
+
+    No convolution, no U-Net: that of DDPM, App. B, comes in lesson 05.
 
     shape  of one data point: (2,) or (1, 28, 28)
     width  of the hidden layers; depth: how many of them
@@ -228,19 +270,3 @@ class MLP(nn.Module):
         for layer, time in zip(self.layers, self.times):
             h = h + layer(at_time(h, time(emb)))
         return self.out(at_time(h, self.times[-1](emb))).reshape(x.shape)
-
-
-def at_time(h, scale_and_shift):
-    """Hidden values h (B, width), scaled and shifted as the time asks, through the nonlinearity."""
-    scale, shift = scale_and_shift.chunk(2, dim=1)
-    return F.silu(h * (1 + scale) + shift)
-
-
-TIME = 32                                                   # numbers that tell the network the time
-
-
-def time_embedding(t, dim):
-    """Sines, then cosines, of t at dim / 2 frequencies from 1 down to 1/10000. (B,) -> (B, dim)."""
-    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - 1))
-    angle = t.float()[:, None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
