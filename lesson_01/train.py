@@ -11,7 +11,7 @@ import torch
 
 from model import MLP, Diffusion, eight_gaussians, swiss_roll, two_gaussians
 from sample import picture
-from utils import EMA, Run, UserError, cli, digits, ramp, save_grid
+from utils import EMA, Run, UserError, cli, derive, digits, ramp, save_grid
 
 
 def main(argv=None):
@@ -55,7 +55,7 @@ class Points:
 
     def batch(self, step, rank=0, world=1):
         """The batch of step number `step`: points (B, 2), and zeros in the place of labels."""
-        generator = torch.Generator().manual_seed(hash((self.seed, step)) % 2**63)
+        generator = torch.Generator().manual_seed(derive(self.seed, step))
         x0 = self.draw(self.batch_size, generator)[rank::world]
         return x0, torch.zeros(len(x0))
 

@@ -13,7 +13,7 @@ import torch
 
 from model import noise_like
 from sample import build, draw, picture
-from utils import EMA, Run, UserError, cli, digits, ramp, save_grid, to_float
+from utils import EMA, Run, UserError, cli, derive, digits, ramp, save_grid, to_float
 
 
 # Adapted from lesson_01/train.py: main -- minus the bound is the loss, and the whole bound of test data is logged
@@ -68,7 +68,7 @@ class Drawn:
 
     def batch(self, step, rank=0, world=1):
         """The batch of step number `step`: (B, D), and zeros in the place of labels."""
-        generator = torch.Generator().manual_seed(hash((self.seed, step)) % 2**63)
+        generator = torch.Generator().manual_seed(derive(self.seed, step))
         x0 = self.draw(self.batch_size, generator)[rank::world]
         return x0, torch.zeros(len(x0))
 

@@ -9,8 +9,8 @@
 import torch
 
 from model import MMDiT, RectifiedFlow, for_encoders, given, guided
-from utils import EMA, Run, Section, Tokenizer, UserError, captioned, cli, ramp, save_grid, save_weights
-from utils.captions import vocabulary
+from utils import EMA, Run, Section, UserError, cli, ramp, save_grid, save_weights
+from utils.captions import Tokenizer, captioned, vocabulary
 
 
 # Adapted from lesson_05/sublesson_e/train.py: main -- a flow, the caption once for each encoder; snapshots

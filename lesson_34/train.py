@@ -12,8 +12,8 @@ import copy
 import torch
 
 from model import Flux, RectifiedFlow, drop, given, guided
-from utils import EMA, Run, Section, Tokenizer, UserError, Weights, captioned, cli, ramp, save_grid, save_weights
-from utils.captions import vocabulary
+from utils import EMA, Run, Section, UserError, Weights, cli, ramp, save_grid, save_weights
+from utils.captions import Tokenizer, captioned, vocabulary
 
 TEACHER = "weights_teacher.safetensors"
 

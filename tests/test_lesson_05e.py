@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from conftest import load
-from utils import Run, Tokenizer, UserError, Weights, caption, held_out, read_caption
+from utils import Run, UserError, Weights
+from utils.captions import Tokenizer, caption, held_out, read_caption
 
 LESSON = "lesson_05/sublesson_e"
 model, train, sample, reproduce = (load(LESSON, name) for name in ("model", "train", "sample", "reproduce"))

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from conftest import ROOT, load
-from utils import Run, Section, UserError, caption, follow, held_out
+from utils import Run, Section, UserError
+from utils.captions import caption, follow, held_out
 
 model = load("lesson_34", "model")
 RectifiedFlow, Flux, FluxTransformer = model.RectifiedFlow, model.Flux, model.FluxTransformer
@@ -761,7 +762,7 @@ def test_arms_of_the_claim(monkeypatch):
 
 
 def reproduce_caption(text):
-    from utils import read_caption
+    from utils.captions import read_caption
 
     one = read_caption(text)[0]
     return one["digit"], one["thickness"], one["slant"]

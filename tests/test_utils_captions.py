@@ -6,21 +6,19 @@ import random
 import pytest
 import torch
 
-from utils import (
+from utils import UserError, digits, to_float
+from utils import captions as rules
+from utils.captions import (
     Tokenizer,
-    UserError,
     attributes,
     caption,
     captioned,
-    digits,
     follow,
     held_out,
     measure,
     read_caption,
     scene_caption,
-    to_float,
 )
-from utils import captions as rules
 
 
 def bar(top, left, height, width, size=28, wide=28):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torchvision.datasets import MNIST
 
-from utils import UserError, digits, to_float, to_uint8
+from utils import UserError, derive, digits, to_float, to_uint8
 from utils import data as module
 from utils.data import Digits, idx_bytes, mnist_folder, read_idx
 
@@ -92,8 +92,18 @@ def test_slices_of_the_processes_make_up_the_batch(world):
 
 
 def test_the_order_does_not_depend_on_the_machine():
-    assert made_up().batch(0)[1].tolist() == [30, 5, 13, 44, 17, 29, 1, 12]
-    assert made_up(seed=3).batch(6)[1].tolist() == [47, 40, 31, 14, 26, 30, 5, 25]
+    assert made_up().batch(0)[1].tolist() == [14, 26, 35, 44, 40, 12, 30, 49]
+    assert made_up(seed=3).batch(6)[1].tolist() == [21, 28, 49, 18, 24, 5, 26, 15]
+
+
+def test_seeds_made_from_seeds():
+    # What `printf "0 1" | sha256sum` begins with, 16 hexadecimal digits without the topmost bit.
+    assert derive(0, 1) == 0x5cc3a6551605a0b4 == 6684369156319846580
+    assert derive(0, 0) == 1383456079815177723 and derive(3, 7, 1) == 1668825318384260814
+    made = [derive(seed, epoch) for seed in range(100) for epoch in range(100)] + [derive(seed) for seed in range(999)]
+    assert len(set(made)) == len(made) and all(0 <= seed < 2**63 for seed in made)
+    assert derive(torch.tensor(3), 7, True) == derive(3, 7, 1) != derive(37, 1)
+    torch.manual_seed(max(made))                       # each is one that torch takes
 
 
 def test_first():

@@ -1,16 +1,8 @@
-"""What no paper talks about: data, captions, averages of weights, pictures, configuration, runs, scores."""
+"""What no paper talks about: data, averages of weights, pictures, configuration, runs, claims, scores.
 
-from .captions import (
-    Tokenizer,
-    attributes,
-    caption,
-    captioned,
-    follow,
-    held_out,
-    measure,
-    read_caption,
-    scene_caption,
-)
+Captions are a room of their own: `from utils.captions import captioned`.
+"""
+
 from .claims import (
     OLD_RULE,
     Arm,
@@ -38,12 +30,12 @@ from .parallel import parallel
 from .plots import dots, lines, ticks
 from .run import Run, Weights, code_hash, ramp, save_weights, trained
 from .scores import classify, fid_to_test, floor, report, score
+from .seeds import derive
 
 __all__ = [
-    "Arm", "Claim", "EMA", "OLD_RULE", "ROOT", "Rows", "Run", "Section", "Tokenizer", "UserError", "Weights",
-    "above", "arm_weights", "atomic", "attributes", "below", "caption", "captioned", "classify", "cli", "code_hash",
-    "deviation", "digits", "dots", "fid_to_test", "figure", "floor", "follow", "grid", "held_out", "lines",
-    "mean_std", "measure", "parallel", "pooled", "published", "ramp", "read_caption", "report", "save_figure",
-    "save_gif", "save_grid", "save_json", "save_losses", "save_npz", "save_strip", "save_weights", "saved",
-    "scene_caption", "score", "seeded", "ticks", "to_float", "to_uint8", "trained", "verdict", "write_json",
+    "Arm", "Claim", "EMA", "OLD_RULE", "ROOT", "Rows", "Run", "Section", "UserError", "Weights", "above",
+    "arm_weights", "atomic", "below", "classify", "cli", "code_hash", "derive", "deviation", "digits", "dots",
+    "fid_to_test", "figure", "floor", "grid", "lines", "mean_std", "parallel", "pooled", "published", "ramp",
+    "report", "save_figure", "save_gif", "save_grid", "save_json", "save_losses", "save_npz", "save_strip",
+    "save_weights", "saved", "score", "seeded", "ticks", "to_float", "to_uint8", "trained", "verdict", "write_json",
 ]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from .data import Digits, digits, to_float, to_uint8
 from .errors import UserError
 from .scores import classify
+from .seeds import derive
 
 # Terciles over MNIST's training images, rounded (size, x and y: over the same images as `placed` moves them; width
 # and size take few values: the numbers lie behind the tercile). A measure is on level 0 up to the first number, on
@@ -342,7 +343,7 @@ class Captioned(Digits):
     def batch(self, step, rank=0, world=1):
         """The batch of step number `step`: x0 (B, 1, H, W) in [-1, 1] and token numbers (B, length)."""
         x0, tokens = super().batch(step, rank, world)
-        generator = torch.Generator().manual_seed(hash((self.seed, step, rank)) % 2**63)
+        generator = torch.Generator().manual_seed(derive(self.seed, step, rank))
         return x0, tokens[torch.arange(len(x0)), torch.randint(tokens.shape[1], (len(x0),), generator=generator)]
 
 

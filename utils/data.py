@@ -24,6 +24,7 @@ import torch
 
 from .errors import UserError, disk_error
 from .files import ROOT, atomic, lock
+from .seeds import derive
 
 # MD5 of the uncompressed IDX files. (torchvision's own sums are of the .gz files.)
 MD5 = {
@@ -60,7 +61,7 @@ class Digits:
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
+            generator = torch.Generator().manual_seed(derive(self.seed, epoch))
             self._epoch, self._order = epoch, torch.randperm(len(self), generator=generator)
         index = self._order[position * self.batch_size:(position + 1) * self.batch_size][rank::world]
         return to_float(self.images[index]), self.labels[index]

@@ -28,25 +28,8 @@ from einops import rearrange
 
 import train
 from sample import conditioned, draw, loaded
-from utils import (
-    Run,
-    Weights,
-    attributes,
-    caption,
-    cli,
-    digits,
-    figure,
-    follow,
-    held_out,
-    measure,
-    parallel,
-    read_caption,
-    save_figure,
-    to_float,
-    trained,
-    write_json,
-)
-from utils.captions import placed
+from utils import Run, Weights, cli, digits, figure, parallel, save_figure, to_float, trained, write_json
+from utils.captions import attributes, caption, follow, held_out, measure, placed, read_caption
 
 PROMPT = "a thick seven leaning right"                 # a held-out triple
 TRIPLES = [(digit, a, b) for digit in range(10) for a in range(3) for b in range(3)]

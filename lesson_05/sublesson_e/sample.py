@@ -11,20 +11,8 @@ import time
 import torch
 
 from model import DDPM, UNet, guided
-from utils import (
-    Run,
-    Tokenizer,
-    caption,
-    captioned,
-    cli,
-    follow,
-    read_caption,
-    report,
-    save_gif,
-    save_grid,
-    save_npz,
-    score,
-)
+from utils import Run, cli, report, save_gif, save_grid, save_npz, score
+from utils.captions import Tokenizer, caption, captioned, follow, read_caption
 
 GRID = [caption(digit, {"thickness": a, "slant": b}) for a in range(3) for b in range(3) for digit in range(10)]
 

@@ -9,7 +9,8 @@
 import torch
 
 from model import DDPM, SpatialTransformer, TextEncoder, UNet, drop, given
-from utils import EMA, Run, Section, Weights, captioned, cli, ramp, save_grid
+from utils import EMA, Run, Section, Weights, cli, ramp, save_grid
+from utils.captions import captioned
 
 
 # Adapted from lesson_05/sublesson_c/train.py: main -- captions, tokenised once, in the place of labels
