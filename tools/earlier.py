@@ -87,11 +87,9 @@ def earlier_bases(node):
                         and isinstance(base.value, ast.Name) and base.value.id == "earlier")
 
 
-def read(lesson, text, tree):
-    """The Model of a file that parses."""
+def read(lesson, text, tree, comments):
+    """The Model of a file that parses. comments: {row: comment}."""
     model, lines = Model(lesson), text.splitlines()
-    comments = {token.start[0]: token.string for token in tokenize.generate_tokens(io.StringIO(text).readline)
-                if token.type == tokenize.COMMENT}
     model.used = looked_up(text)
     for node in tree.body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -370,15 +368,21 @@ def import_block(entries):
     return "\n\n".join(blocks) + "\n"
 
 
-def code_rows(text, tree):
-    """{row: code} of a file: no comments, docstrings, blank lines, line ends."""
-    rows, lines = {}, text.splitlines()
+def rows(text, tree):
+    """({row: code}, {row: comment}) of a file; no docstrings and blank lines among the code."""
+    code, comments, lines = {}, {}, text.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        row, end = token.start[0], token.end[0]
         if token.type == tokenize.COMMENT:
-            if token.start[0] in rows:
-                rows[token.start[0]] = lines[token.start[0] - 1][:token.start[1]].rstrip()
-        elif token.string.strip():
-            rows.update((row, lines[row - 1].rstrip()) for row in range(token.start[0], token.end[0] + 1)
-                        if row not in rows)
-    docs = {row for doc in map(docstring, ast.walk(tree)) if doc for row in range(doc.lineno, doc.end_lineno + 1)}
-    return {row: code for row, code in rows.items() if row not in docs and code.strip()}
+            comments[row] = token.string
+            if row in code:
+                code[row] = lines[row - 1][:token.start[1]].rstrip()
+        elif (row not in code or end > row) and token.string.strip():
+            code.update((row, lines[row - 1].rstrip()) for row in range(row, end + 1) if row not in code)
+    docs = {row for doc in docstrings(tree) for row in range(doc.lineno, doc.end_lineno + 1)}
+    return {row: line for row, line in code.items() if row not in docs and line.strip()}, comments
+
+
+def docstrings(tree):
+    """Every docstring in a tree."""
+    return [doc for node in ast.walk(tree) if isinstance(node, (ast.Module, *KINDS)) and (doc := docstring(node))]

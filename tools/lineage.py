@@ -32,12 +32,10 @@ import ast
 import difflib
 import functools
 import hashlib
-import io
 import itertools
 import os
 import re
 import sys
-import tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,7 +90,7 @@ class House:
     defs: dict = field(default_factory=dict)            # label: Definition
     models: dict = field(default_factory=dict)          # folder: tools.earlier.Model of its model.py
     code: dict = field(default_factory=dict)            # path: {row: line of code}
-    trees: dict = field(default_factory=dict)           # path: syntax tree
+    files: dict = field(default_factory=dict)           # path: (text, syntax tree)
     problems: list = field(default_factory=list)        # (path, line, what could not be read)
 
     @functools.cached_property
@@ -135,13 +133,15 @@ def load(root):
 
 
 def parse(house, path):
-    """(text, tree) of a file; a file that does not parse is a problem and counts as empty."""
-    text = (house.root / path).read_text(encoding="utf-8")
-    try:
-        return text, ast.parse(text)
-    except SyntaxError as error:
-        house.problems.append((path, error.lineno or 1, f"is not Python: {error.msg}"))
-        return "", ast.parse("")
+    """(text, tree) of a file, read once; a file that does not parse is a problem and counts as empty."""
+    if path not in house.files:
+        text = (house.root / path).read_text(encoding="utf-8")
+        try:
+            house.files[path] = text, ast.parse(text)
+        except SyntaxError as error:
+            house.problems.append((path, error.lineno or 1, f"is not Python: {error.msg}"))
+            house.files[path] = "", ast.parse("")
+    return house.files[path]
 
 
 def definitions(tree):
@@ -156,28 +156,23 @@ def definitions(tree):
 def read_file(house, path):
     """Add the definitions of one file, with their markers, to the house."""
     text, tree = parse(house, path)
-    lines, comments, code = text.splitlines(), {}, set()
-    house.trees[path], house.code[path] = tree, earlier.code_rows(text, tree)
+    lines, (code, comments) = text.splitlines(), earlier.rows(text, tree)
+    house.code[path] = code
     if path.endswith("/model.py"):
         folder = path.rpartition("/")[0]
-        house.models[folder] = earlier.read(folder, text, tree)
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string
-        elif token.string.strip():
-            code.update(range(token.start[0], token.end[0] + 1))
+        house.models[folder] = earlier.read(folder, text, tree, comments)
 
     unused = {row for row, comment in comments.items() if LIKE_A_MARKER.match(comment)}
     for node, owner in definitions(tree):
         first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
         d = Definition(path, f"{owner.name}.{node.name}" if owner else node.name, node, lines,
                        house.defs[f"{path}: {owner.name}"] if owner else None,
-                       {row: line for row, line in house.code[path].items() if first <= row <= node.end_lineno})
+                       {row: code[row] for row in range(first, node.end_lineno + 1) if row in code})
         if d.label in house.defs:                               # a property's setter: it goes with its class
             continue
         house.defs[d.label] = d
         row = d.first - 1
-        while row in comments and row not in code:              # up through the comment right above it
+        while row in comments and lines[row - 1].lstrip().startswith("#"):     # up through the comment right above
             if (match := MARKER.fullmatch(comments[row])) and not d.kind:
                 d.kind, d.origin, d.reason, end = match[1], f"{match[2]}: {match[3]}", match[4] or "", row + 1
                 while d.reason and end < d.first and re.match(r"#  +\S", comments[end]):
@@ -239,8 +234,7 @@ def imported_from_model(house, folder):
     for file in (house.root / folder).glob("*.py"):
         if file.name in ("model.py", "earlier.py"):
             continue
-        path = f"{folder}/{file.name}"
-        for node in ast.walk(house.trees[path] if path in house.trees else parse(house, path)[1]):
+        for node in ast.walk(parse(house, f"{folder}/{file.name}")[1]):
             if isinstance(node, ast.ImportFrom) and node.module == "model":
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "model":
@@ -382,7 +376,8 @@ def imported(node):
         return [(alias.name, 0) for alias in node.names]
     if isinstance(node, ast.ImportFrom):
         return [(f"{node.module or ''}.{alias.name}".lstrip("."), node.level) for alias in node.names]
-    return [("sys.path", 0)] if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path" else []
+    touched = isinstance(node, ast.Attribute) and node.attr == "path" and ast.unparse(node) == "sys.path"
+    return [("sys.path", 0)] if touched else []
 
 
 def check_imports(house):
@@ -558,6 +553,54 @@ def sync(root, accept=(), only=None):
     return done
 
 
+# --- new code --------------------------------------------------------------------------------------------------
+def code_of(d, leave=()):
+    """{row: line of code} of a definition without some rows."""
+    return {row: line for row, line in d.rows_of_code.items() if row not in leave}
+
+
+def added(before, after):
+    """How many of the lines `after` are not in `before`, in this order; indentation aside."""
+    before, after = ([line.strip() for line in lines] for lines in (before, after))
+    same = difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
+    return len(after) - sum(block.size for block in same)
+
+
+def new_in(house, d):
+    """The number of new lines of code in a class or function.
+
+    All of a fresh one or a subclass; of an adaptation those that its origin does not have; of a copied method none.
+    """
+    total, done = 0, set()
+    for inner in (inner for inner in house.defs.values() if inner.owner is d and inner.kind):
+        done.update(range(inner.first, inner.last + 1))
+        total += new_in(house, inner)
+    if d.kind == "Copied":
+        return 0
+    rest, origin = code_of(d, done).values(), house.defs.get(d.origin) if d.kind else None
+    return total + (added(origin.rows_of_code.values(), rest) if origin else len(rest))
+
+
+def constants(house, path):
+    """{row: line of code} of a file outside its definitions and imports."""
+    taken = {row for node in house.files[path][1].body if isinstance(node, (*KINDS, ast.Import, ast.ImportFrom))
+             for row in range(min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]),
+                              node.end_lineno + 1)}
+    return {row: line for row, line in house.code[path].items() if row not in taken}
+
+
+def new_lines(house, folder, file="model.py"):
+    """The number of new lines of code in a lesson's model.py: docstrings, comments, blanks and imports aside."""
+    path = f"{folder}/{file}"
+    return len(constants(house, path)) + sum(new_in(house, d) for d in house.defs.values()
+                                             if d.path == path and not d.owner)
+
+
+def sizes(house, folder):
+    """(lines of model.py, new lines of code in it), which the contract bounds."""
+    return len((house.root / folder / "model.py").read_text(encoding="utf-8").splitlines()), new_lines(house, folder)
+
+
 # --- diff ------------------------------------------------------------------------------------------------------
 def find(house, name):
     """The register entry that "09", "05a", "lesson_05a" or "lesson_05/sublesson_a" means."""
@@ -572,7 +615,7 @@ def find(house, name):
 
 
 def diff(root, name):
-    """What a lesson adds to its parent, as (style, line) pairs."""
+    """What a lesson adds to its parent as code, docstrings and comments aside, as (style, line) pairs."""
     house = load(root)
     lesson = find(house, name)
     parent, folder = house.parent(lesson) or {"folder": ""}, lesson["folder"]
@@ -585,11 +628,23 @@ def diff(root, name):
         yield "quiet", f"{why}: compared with an empty file."
 
     for file in FILES:
+        path = f"{folder}/{file}"
         mine, theirs = ({d.name: d for d in house.defs.values() if d.path == f"{place}/{file}" and not d.owner}
                         for place in (folder, parent["folder"]))
-        if not mine:
+        if path not in house.code:
             continue
-        yield "title", f"\n{folder}/{file}"
+        model = house.models[folder] if file == "model.py" else None
+        if not mine and not (model and (model.taken or constants(house, path))):
+            continue
+        yield "title", f"\n{path}: {count(new_lines(house, folder, file))}"
+        kept = set(mine)
+        if model:
+            for _, number, names in model.lines:
+                yield "quiet", f"  = {', '.join(names)}   from {house.numbers.get(number, f'lesson {number}')}"
+            kept |= {name for item in house.earlier(folder).items for name in item.names}
+        if rows := constants(house, path):
+            yield "what", f"  + constants: {count(len(rows))}"
+            yield from (("add", f"    + {line}") for line in rows.values())
 
         def same_as(d, theirs=theirs):
             """The file that holds the same definition, or None."""
@@ -602,27 +657,32 @@ def diff(root, name):
                 yield "quiet", f"  = {', '.join(d.name for d in group)}   as in {origin}"
                 continue
             for d in group:
-                before = house.defs.get(d.origin)
-                yield "what", f"  ~ {d.name}   from {d.origin}: {d.reason}" if d.kind else f"  + {d.name}   new"
+                before, number = house.defs.get(d.origin), count(new_in(house, d))
+                yield "what", f"  ~ {d.name}: {number}, from {d.origin}: {d.reason}" if d.kind else (
+                    f"  + {d.name}: {number}")
                 if before:
                     yield from changes(shown(house, before), shown(house, d, before))
                 else:
                     yield from (("add", f"    + {line}") for line in shown(house, d))
         used = {d.origin for d in mine.values()}
-        if gone := [name for name, d in theirs.items() if name not in mine and d.label not in used]:
+        before = [d.name for d in theirs.values() if d.label not in used]
+        before += [name for name in (house.models[parent["folder"]].taken if model and theirs else ())]
+        if gone := [name for name in before if name not in kept]:
             yield "del", f"  - {', '.join(gone)}   left out"
 
 
+def count(number):
+    return f"{number} new line{'' if number == 1 else 's'} of code"
+
+
 def shown(house, d, before=None):
-    """The source of a definition without the markers in it; a method copied from a third place takes one line."""
-    rows = dict(enumerate(d.lines[d.first - 1:d.last], d.first))
-    for inner in (inner for inner in house.defs.values() if inner.owner is d and inner.kind):
-        drop = set(inner.rows)
-        if inner.kind == "Copied" and not (before and inner.origin.startswith(f"{before.label}.")):
-            drop |= set(range(inner.first, inner.last + 1)) - {inner.node.lineno}
+    """The code of a definition; a method copied from a third place takes one line."""
+    rows = dict(d.rows_of_code)
+    for inner in (inner for inner in house.defs.values() if inner.owner is d and inner.kind == "Copied"):
+        if not (before and inner.origin.startswith(f"{before.label}.")):
+            rows = {row: line for row, line in rows.items() if not inner.first <= row <= inner.last}
             rows[inner.node.lineno] = f"{' ' * inner.node.col_offset}= {inner.short}   as in {inner.origin}"
-        rows = {row: line for row, line in rows.items() if row not in drop}
-    return list(rows.values())
+    return [rows[row] for row in sorted(rows)]
 
 
 def changes(before, after):
