@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -417,27 +416,3 @@ def test_nothing_is_unpickled_that_could_run_code():
     bad = ("torch.load(f)", "torch.load(f, weights_only=False)", "pickle.load(f)", "np.load(f, allow_pickle=True)",
            "yaml.load(f, yaml.Loader)")
     assert [line for line, _ in loads(ast.parse("\n".join(bad)))] == [1, 2, 3, 4, 5]
-
-
-# ------------------------------------------------------------------ the end of a reproduce.py
-def test_verdict_needs_seeds_and_a_full_run():
-    def cfg(**given):
-        return SimpleNamespace(**{"quick": False, "smoke": False, "seeds": 3, **given})
-
-    assert utils.verdict(True, cfg()) == "reproduced"
-    assert utils.verdict(False, cfg()) == "not reproduced at this scale"
-    for given in ({"quick": True}, {"smoke": True}, {"seeds": 2}):
-        assert "reproduced" not in utils.verdict(True, cfg(**given))
-
-
-def test_deviations_over_seeds():
-    assert utils.deviation([5.0]) == 0 and utils.deviation([1.0, float("inf")]) == float("inf")
-    assert utils.deviation([1.0, 2.0, 3.0]) == pytest.approx(1.0)          # n - 1 in the denominator
-    assert utils.pooled([1.0, 2.0, 3.0], [10.0, 12.0, 14.0]) == pytest.approx(2.5 ** 0.5)
-
-
-def test_claims_are_plain_json(tmp_path):
-    claim = {"a": [1.0, float("inf"), (float("nan"), "x")], 0.5: {"b": -float("inf")}}
-    assert json.loads(utils.save_json(claim, tmp_path / "claim.json").read_text()) == {
-        "a": [1.0, None, [None, "x"]], "0.5": {"b": None}}
-    assert torch.equal(torch.randn(3, generator=utils.seeded(4)), torch.randn(3, generator=utils.seeded(4)))
