@@ -28,7 +28,7 @@ NET = '''def net(x, width=4):
     x = x * width
     return x
 '''
-COPY = "# Copied from lesson_01/model.py: Block\n"
+COPY = "# Copied from lesson_01/train.py: Block\n"
 ADAPTED = "# Adapted from lesson_01/model.py: net -- one more input (Sec. 2)\n"
 WIDER = "def net(x, y, width=4):\n    x = x * width + y\n    return x\n"
 
@@ -73,13 +73,13 @@ def only(found, *parts):
 
 # ------------------------------------------------------------------------------------------------ copies
 def test_a_faithful_copy_passes(tmp_path):
-    assert problems(tmp_path, {"lesson_01/model.py": BLOCK, "lesson_02/model.py": COPY + BLOCK}) == []
+    assert problems(tmp_path, {"lesson_01/train.py": BLOCK, "lesson_02/train.py": COPY + BLOCK}) == []
 
 
 def test_docstrings_and_comments_of_a_copy_are_free(tmp_path):
     other = BLOCK.replace('"""A block."""', '"""Other\n\n    words."""').replace("# add one", "# Eq. (3)")
     assert other != BLOCK
-    assert problems(tmp_path, {"lesson_01/model.py": BLOCK, "lesson_02/model.py": COPY + "# Sec. 2\n" + other}) == []
+    assert problems(tmp_path, {"lesson_01/train.py": BLOCK, "lesson_02/train.py": COPY + "# Sec. 2\n" + other}) == []
 
 
 @pytest.mark.parametrize("old, new", [("width=8", "width=9"), ("@staticmethod", "@classmethod"), ("x + 1", "x - 1"),
@@ -87,67 +87,67 @@ def test_docstrings_and_comments_of_a_copy_are_free(tmp_path):
 def test_a_changed_copy_is_caught(tmp_path, old, new):
     changed = BLOCK.replace(old, new)
     assert changed != BLOCK
-    write(tmp_path, {"lesson_01/model.py": BLOCK, "lesson_02/model.py": "import math\n\n\n" + COPY + changed})
-    assert any(line.startswith("lesson_02/model.py:4: Block differs from lesson_01/model.py: Block: run `python")
+    write(tmp_path, {"lesson_01/train.py": BLOCK, "lesson_02/train.py": "import math\n\n\n" + COPY + changed})
+    assert any(line.startswith("lesson_02/train.py:4: Block differs from lesson_01/train.py: Block: run `python")
                for line in check(tmp_path))
 
 
 def test_a_copy_of_a_copy_names_the_first_owner(tmp_path):
-    files = {"lesson_01/model.py": BLOCK, "lesson_02/model.py": COPY + BLOCK,
-             "lesson_03/model.py": COPY.replace("01", "02") + BLOCK}
-    only(problems(tmp_path, files), "lesson_03/model.py:1:", "a copy: name its first owner, lesson_01/model.py: Block")
+    files = {"lesson_01/train.py": BLOCK, "lesson_02/train.py": COPY + BLOCK,
+             "lesson_03/train.py": COPY.replace("01", "02") + BLOCK}
+    only(problems(tmp_path, files), "lesson_03/train.py:1:", "a copy: name its first owner, lesson_01/train.py: Block")
 
 
 def test_a_method_of_a_copied_class_is_a_copy_too(tmp_path):
-    other = ("class Other:\n    # Copied from lesson_02/model.py: Block.forward\n"
+    other = ("class Other:\n    # Copied from lesson_02/train.py: Block.forward\n"
              "    @staticmethod\n    def forward(x):\n        return x + 1\n")
-    files = {"lesson_01/model.py": BLOCK, "lesson_02/model.py": COPY + BLOCK, "lesson_03/model.py": other}
-    only(problems(tmp_path, files), "lesson_03/model.py:2:", "first owner, lesson_01/model.py: Block.forward")
-    (tmp_path / "lesson_03/model.py").write_text(other.replace("lesson_02", "lesson_01"))
+    files = {"lesson_01/train.py": BLOCK, "lesson_02/train.py": COPY + BLOCK, "lesson_03/train.py": other}
+    only(problems(tmp_path, files), "lesson_03/train.py:2:", "first owner, lesson_01/train.py: Block.forward")
+    (tmp_path / "lesson_03/train.py").write_text(other.replace("lesson_02", "lesson_01"))
     sync(tmp_path)
     assert check(tmp_path) == []
 
 
 def test_two_copies_of_each_other_are_caught(tmp_path):
-    files = {"lesson_01/model.py": COPY.replace("01", "02") + BLOCK, "lesson_02/model.py": COPY + BLOCK}
+    files = {"lesson_01/train.py": COPY.replace("01", "02") + BLOCK, "lesson_02/train.py": COPY + BLOCK}
     assert len(problems(tmp_path, files)) == 2
 
 
 @pytest.mark.parametrize("marker, message", [
-    ("# Copied from lesson_01/model.py: Blok", "there is no lesson_01/model.py: Blok"),
-    ("# Copied from lesson_07/model.py: Block", "there is no lesson_07/model.py: Block"),
-    ("# Copied from lesson_02/train.py: Block", "is in the same lesson: import it"),
-    ("# Copied from lesson_01/model.py: net", "under another name: call it net"),
-    ("# Copied from lesson_01/model.py: Block -- smaller", "gives a reason"),
-    ("# Adapted from lesson_01/model.py: Block -- smaller", "Block equals lesson_01/model.py: Block: write `# Copied"),
-    ("# copied from lesson_01/model.py: Block", "this marker cannot be used"),
-    ("# Copied from lesson_01/model.py", "this marker cannot be used"),
+    ("# Copied from lesson_01/train.py: Blok", "there is no lesson_01/train.py: Blok"),
+    ("# Copied from lesson_07/train.py: Block", "there is no lesson_07/train.py: Block"),
+    ("# Copied from lesson_02/sample.py: Block", "is in the same lesson: import it"),
+    ("# Copied from lesson_01/train.py: net", "under another name: call it net"),
+    ("# Copied from lesson_01/train.py: Block -- smaller", "gives a reason"),
+    ("# Adapted from lesson_01/train.py: Block -- smaller", "Block equals lesson_01/train.py: Block: write `# Copied"),
+    ("# copied from lesson_01/train.py: Block", "this marker cannot be used"),
+    ("# Copied from lesson_01/train.py", "this marker cannot be used"),
     (COPY + COPY.strip(), "this marker cannot be used"),
     (COPY + "\nwidth = 3\n\n", "this marker cannot be used"),
 ])
 def test_a_marker_that_means_nothing_is_caught(tmp_path, marker, message):
-    files = {"lesson_01/model.py": BLOCK + "\n\n" + NET, "lesson_02/train.py": "class Block:\n    pass\n",
-             "lesson_02/model.py": f"{marker}\n{BLOCK}"}
-    assert any("lesson_02/model.py:" in line and message in line for line in problems(tmp_path, files))
+    files = {"lesson_01/train.py": BLOCK + "\n\n" + NET, "lesson_02/sample.py": "class Block:\n    pass\n",
+             "lesson_02/train.py": f"{marker}\n{BLOCK}"}
+    assert any("lesson_02/train.py:" in line and message in line for line in problems(tmp_path, files))
 
 
 def test_a_credit_to_others_is_no_marker(tmp_path):
-    assert problems(tmp_path, {"lesson_01/model.py": "# Adapted from the authors' code.\n" + BLOCK}) == []
+    assert problems(tmp_path, {"lesson_01/train.py": "# Adapted from the authors' code.\n" + BLOCK}) == []
 
 
 def test_sync_rewrites_copies_after_the_origin_improved(tmp_path):
-    method = ("class Other:\n    a = 1\n\n    # Sec. 3\n    # Copied from lesson_01/model.py: Block.forward\n"
+    method = ("class Other:\n    a = 1\n\n    # Sec. 3\n    # Copied from lesson_01/train.py: Block.forward\n"
               "    @staticmethod\n    def forward(x):\n        return x + 1\n\n    b = 2\n")
-    files = {"lesson_01/model.py": BLOCK, "lesson_02/model.py": f"import math\n\n{COPY}{BLOCK}\n\nz = math.pi\n",
-             "lesson_03/model.py": method}
+    files = {"lesson_01/train.py": BLOCK, "lesson_02/train.py": f"import math\n\n{COPY}{BLOCK}\n\nz = math.pi\n",
+             "lesson_03/train.py": method}
     assert problems(tmp_path, files) == []
     better = BLOCK.replace("return x + 1", "x = x + 1\n        return 2 * x").replace("A block", "A better block")
-    write(tmp_path, {"lesson_01/model.py": better})
+    write(tmp_path, {"lesson_01/train.py": better})
     assert len([line for line in check(tmp_path) if "differs from" in line]) == 2
     done = sync(tmp_path)
-    assert "lesson_02/model.py:4: Block rewritten from lesson_01/model.py: Block" in done
-    assert (tmp_path / "lesson_02/model.py").read_text() == f"import math\n\n{COPY}{better}\n\nz = math.pi\n"
-    assert (tmp_path / "lesson_03/model.py").read_text() == method.replace(
+    assert "lesson_02/train.py:4: Block rewritten from lesson_01/train.py: Block" in done
+    assert (tmp_path / "lesson_02/train.py").read_text() == f"import math\n\n{COPY}{better}\n\nz = math.pi\n"
+    assert (tmp_path / "lesson_03/train.py").read_text() == method.replace(
         "        return x + 1\n", "        # add one\n        x = x + 1\n        return 2 * x\n")
     assert check(tmp_path) == []
     assert sync(tmp_path) == []
@@ -155,39 +155,39 @@ def test_sync_rewrites_copies_after_the_origin_improved(tmp_path):
 
 def test_sync_rewrites_a_file_that_is_origin_and_copy_at_once(tmp_path):
     other = "def other(x):\n    return x\n"
-    files = {"lesson_01/model.py": BLOCK, "lesson_02/model.py": f"{COPY}{BLOCK}\n\n{other}",
-             "lesson_03/model.py": "# Copied from lesson_02/model.py: other\n" + other}
+    files = {"lesson_01/train.py": BLOCK, "lesson_02/train.py": f"{COPY}{BLOCK}\n\n{other}",
+             "lesson_03/train.py": "# Copied from lesson_02/train.py: other\n" + other}
     assert problems(tmp_path, files) == []
-    write(tmp_path, {"lesson_01/model.py": BLOCK.replace("depth = 2", "depth = 2\n        self.more = 3"),
-                     "lesson_02/model.py": f"{COPY}{BLOCK}\n\n{other}".replace("return x\n", "return -x\n")})
+    write(tmp_path, {"lesson_01/train.py": BLOCK.replace("depth = 2", "depth = 2\n        self.more = 3"),
+                     "lesson_02/train.py": f"{COPY}{BLOCK}\n\n{other}".replace("return x\n", "return -x\n")})
     sync(tmp_path)
     assert check(tmp_path) == []
-    assert "return -x" in (tmp_path / "lesson_03/model.py").read_text()
+    assert "return -x" in (tmp_path / "lesson_03/train.py").read_text()
 
 
 def test_sync_rewrites_several_copies_in_one_file(tmp_path):
     first, second = function(5, "a"), function(5, "b")
-    copies = f"# Copied from lesson_01/model.py: a\n{first}\n\n# Copied from lesson_01/model.py: b\n{second}"
-    write(tmp_path, {"lesson_01/model.py": function(9, "a") + function(3, "b"), "lesson_02/model.py": copies})
+    copies = f"# Copied from lesson_01/train.py: a\n{first}\n\n# Copied from lesson_01/train.py: b\n{second}"
+    write(tmp_path, {"lesson_01/train.py": function(9, "a") + function(3, "b"), "lesson_02/train.py": copies})
     sync(tmp_path)
     assert check(tmp_path) == []
-    assert (tmp_path / "lesson_02/model.py").read_text() == copies.replace(first, function(9, "a")).replace(
+    assert (tmp_path / "lesson_02/train.py").read_text() == copies.replace(first, function(9, "a")).replace(
         second, function(3, "b"))
 
 
 def test_sync_leaves_a_copy_of_a_copy_alone(tmp_path):
     other = COPY.replace("01", "02") + BLOCK.replace("depth = 2", "depth = 3")
-    problems(tmp_path, {"lesson_01/model.py": BLOCK, "lesson_02/model.py": COPY + BLOCK, "lesson_03/model.py": other})
-    assert (tmp_path / "lesson_03/model.py").read_text() == other
+    problems(tmp_path, {"lesson_01/train.py": BLOCK, "lesson_02/train.py": COPY + BLOCK, "lesson_03/train.py": other})
+    assert (tmp_path / "lesson_03/train.py").read_text() == other
 
 
 def test_markers_inside_a_copied_class_came_with_it(tmp_path):
-    own = "class A:\n    # Adapted from lesson_01/model.py: net -- a method\n    def net(self):\n        return self\n"
-    files = {"lesson_01/model.py": NET, "lesson_02/model.py": own,
-             "lesson_03/model.py": "# Copied from lesson_02/model.py: A\n" + own}
+    own = "class A:\n    # Adapted from lesson_01/train.py: net -- a method\n    def net(self):\n        return self\n"
+    files = {"lesson_01/train.py": NET, "lesson_02/train.py": own,
+             "lesson_03/train.py": "# Copied from lesson_02/train.py: A\n" + own}
     assert problems(tmp_path, files) == []
     lock = (tmp_path / "lineage.lock").read_text()
-    assert "lesson_02/model.py: A.net <- lesson_01/model.py: net " in lock and "lesson_03" not in lock
+    assert "lesson_02/train.py: A.net <- lesson_01/train.py: net " in lock and "lesson_03" not in lock
 
 
 def test_sync_changes_nothing_while_a_file_cannot_be_read(tmp_path, capsys):
@@ -245,19 +245,58 @@ def function(lines, name="f", indent=""):
     return "\n".join(indent + line if line else "" for line in lines) + "\n"
 
 
-def test_an_unmarked_twin_of_eight_lines_is_caught_and_one_of_seven_is_not(tmp_path):
-    files = {"lesson_01/model.py": function(7), "lesson_02/model.py": function(7)}
-    assert problems(tmp_path, files) == []
-    files = {"lesson_01/model.py": function(8), "lesson_02/model.py": "\n" + function(8)}
-    only(problems(tmp_path, files), "lesson_02/model.py:2: f equals lesson_01/model.py: f (8 lines): "
-         "write `# Copied from lesson_01/model.py: f`")
+@pytest.mark.parametrize("here", ["model.py", "sample.py"])
+def test_an_unmarked_twin_of_eight_lines_in_a_script_is_caught_and_one_of_seven_is_not(tmp_path, here):
+    assert problems(tmp_path, {f"lesson_01/{here}": function(7), "lesson_02/train.py": function(7)}) == []
+    only(problems(tmp_path, {f"lesson_01/{here}": function(8), "lesson_02/train.py": "\n" + function(8)}),
+         f"lesson_02/train.py:2: f equals lesson_01/{here}: f (8 lines): write `# Copied from lesson_01/{here}: f`")
+
+
+@pytest.mark.parametrize("text", ["def f(x):\n    return x\n", "def f(x): return x\n", function(8),
+                                  "class F(Exception):\n    pass\n"])
+def test_a_function_or_class_of_a_model_has_one_owner_however_short(tmp_path, text):
+    other = text.replace("return x", "return x  # comment").replace("def f", "def g").replace("class F", "class G")
+    name, twin = ("F", "G") if "class" in text else ("f", "g")
+    only(problems(tmp_path, {"lesson_01/model.py": text, "lesson_02/model.py": "\n" + text}),
+         f"lesson_02/model.py:2: {name} equals lesson_01/model.py: {name} ",
+         f"take it, `from earlier import {name}  # lesson 01`")
+    only(problems(tmp_path, {"lesson_02/model.py": other}), f"lesson_02/model.py:1: {twin} equals lesson_01/model.py: ")
+
+
+def test_the_older_lesson_owns_a_twin_whatever_the_numbers_say(tmp_path):
+    lessons = [entry("01", "02"), entry("02")]
+    only(problems(tmp_path, {"lesson_01/model.py": NET, "lesson_02/model.py": NET}, lessons),
+         "lesson_01/model.py:1: net equals", "`from earlier import net  # lesson 02`")
+
+
+def method(name="step", body="        x = 2 * x\n        return x\n", of="A"):
+    return f"class {of}:\n    of = '{of}'\n\n    def {name}(self, x):\n{body}"
+
+
+def test_a_method_of_two_lines_has_one_owner_too(tmp_path):
+    files = {"lesson_01/model.py": method(), "lesson_02/model.py": method(of="B")}
+    only(problems(tmp_path, files), "lesson_02/model.py:4: B.step equals lesson_01/model.py: A.step (3 lines): write "
+         "`# Copied from lesson_01/model.py: A.step` above it, or inherit it")
+    marked = method(of="B").replace("    def", "    # Copied from lesson_01/model.py: A.step\n    def")
+    assert problems(tmp_path, {"lesson_02/model.py": marked}) == []
+    write(tmp_path, {"lesson_01/model.py": method().replace("2", "3")})
+    assert any("B.step differs from lesson_01/model.py: A.step" in line for line in check(tmp_path))
+    only(problems(tmp_path, {"lesson_02/model.py": method(of="B", name="walk"), "lesson_01/model.py": method()}),
+         "B.walk equals lesson_01/model.py: A.step (3 lines): call it step and write")
+
+
+@pytest.mark.parametrize("name, lines, caught", [("forward", 3, False), ("__init__", 7, False), ("_private", 3, True),
+                                                 ("forward", 8, True), ("__init__", 8, True), ("step", 2, False)])
+def test_methods_whose_form_is_given_or_that_are_one_line_need_no_owner(tmp_path, name, lines, caught):
+    body = "        x = x + 1\n" * (lines - 2) + "        return x\n"
+    files = {"lesson_01/model.py": method(name, body), "lesson_02/model.py": method(name, body, "B")}
+    assert len(problems(tmp_path, files)) == caught
 
 
 @pytest.mark.parametrize("first, second, message", [
     (function(8), "class B:\n" + function(8, indent="    "), "B.f equals lesson_01/model.py: f "),
     ("class A:\n    a = 1\n" + function(8, indent="    "), "class B:\n" + function(8, indent="    "), "B.f equals"),
     ("class A:\n" + function(8, indent="    "), "class A:\n" + function(8, indent="    "), "A equals"),
-    (function(8), function(8, "g"), "g equals lesson_01/model.py: f (8 lines): call it f and write"),
     (function(8), "# Adapted from lesson_01/model.py: h -- more\n" + function(8), "f equals lesson_01/model.py: f "),
 ])
 def test_twins_among_methods_and_under_other_names_are_caught(tmp_path, first, second, message):
@@ -288,15 +327,18 @@ def test_what_an_adapted_class_keeps_needs_no_marker(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ imports
 @pytest.mark.parametrize("path, line, message", [
-    ("lesson_01/model.py", "from utils import EMA", "imports utils: model.py may import"),
-    ("lesson_01/model.py", "import torchvision", "imports torchvision: model.py may import"),
-    ("lesson_01/model.py", "from lesson_02.model import Block", "imports lesson_02: model.py may import"),
+    ("lesson_01/model.py", "from utils import EMA; EMA", "imports utils: model.py may import"),
+    ("lesson_01/model.py", "import torchvision; torchvision", "imports torchvision: model.py may import"),
+    ("lesson_01/model.py", "from lesson_02.model import Block; Block", "imports lesson_02: model.py may import"),
     ("lesson_01/model.py", "def f():\n    import scipy.linalg", "imports scipy: model.py may import"),
     ("lesson_01/train.py", "from lesson_02.model import Block", "imports lesson_02: copy what you need"),
     ("lesson_01/sample.py", "import tools.lineage", "only tools and tests may"),
     ("lesson_01/reproduce.py", "from ..lesson_02 import model", "relative import"),
     ("lesson_01/extra.py", "import sys\nsys.path.insert(0, '..')", "touches sys.path"),
     ("lesson_01/sublesson_a/train.py", "from sys import path", "touches sys.path"),
+    ("lesson_01/train.py", "from earlier import Block", "imports earlier: write `from model import ...`"),
+    ("lesson_01/reproduce.py", "def f():\n    import earlier", "imports earlier: write `from model import ...`"),
+    ("utils/run.py", "from earlier import Block", "a lesson's code"),
     ("utils/run.py", "import sys\nsys.path += ['..']", "touches sys.path"),
     ("utils/run.py", "import lesson_01.model", "a lesson's code"),
     ("utils/deep/run.py", "from model import DDPM", "a lesson's code"),
@@ -310,7 +352,7 @@ def test_forbidden_imports_are_caught(tmp_path, path, line, message):
 def test_allowed_imports_pass(tmp_path):
     files = {"lesson_01/model.py": "import math\nimport numpy as np\nimport torch.nn.functional as F\n"
                                    "from einops import rearrange\nfrom torch import nn\n"
-                                   "from torchdiffeq import odeint\n",
+                                   "from torchdiffeq import odeint\n\nmath, np, F, rearrange, nn, odeint\n",
              "lesson_01/train.py": "import sys\nimport matplotlib\nfrom model import net\nfrom utils import EMA\n",
              "utils/__init__.py": "import os.path\nfrom .run import Run\nfrom .model import x\n",
              "tools/a.py": "import utils\nfrom tools import b\nimport sys\nsys.path\n"}
@@ -320,8 +362,17 @@ def test_allowed_imports_pass(tmp_path):
 # ------------------------------------------------------------------------------------------------ README
 def test_the_table_is_filled_and_a_stale_one_is_caught(tmp_path):
     new = 'def step(x):\n    """x_s | x_t, Eq. (12),\n    in one step.\n\n    More.\n    """\n    return x\n'
-    write(tmp_path, {"lesson_01/model.py": f"{BLOCK}\n\n{NET}",
-                     "lesson_02/model.py": f"{COPY}{BLOCK}\n\n{ADAPTED}{WIDER}\n\n{new}"})
+    wide = 'class Wide(Block):\n    """A wide block."""\n\n    wide = Other, limit\n'
+    more = 'class More(earlier.More):\n    """More."""\n\n    more = 2\n'
+    imports = ("import earlier  # lesson 01a: More\nfrom earlier import Block, Other  # lesson 01\n"
+               "from earlier import limit  # lesson 01a\n")
+    write(tmp_path, {"lesson_01/model.py": f"{BLOCK}\n\n{NET}\n\nclass Other:\n    pass\n",
+                     "lesson_01/train.py": NET,
+                     "lesson_01/sublesson_a/model.py": "class More:\n    more = 1\n\n\nlimit = 3\n",
+                     "lesson_02/model.py": f"{imports}\n\n{ADAPTED}{WIDER}\n\n{new}\n\n{wide}\n\n{more}",
+                     "lesson_02/train.py": f"# Copied from lesson_01/train.py: net\n{NET}",
+                     "lesson_02/sublesson_b/model.py": "from earlier import Block  # lesson 01\nBlock()\n"},
+          [*LESSONS, entry("02b", "02")])
     assert any(line.startswith("lesson_02/README.md:7: the table of what is new is stale") for line in check(tmp_path))
     sync(tmp_path)
     assert check(tmp_path) == []
@@ -336,14 +387,20 @@ Text.
 | | file | definition | |
 |---|---|---|---|
 | **new** | `model.py` | `step` | x_s \\| x_t, Eq. (12), in one step. |
+| **new** | `model.py` | `Wide` | A wide block. Extends `Block` of [lesson_01](../lesson_01/model.py). |
+| **new** | `model.py` | `More` | More. Extends `More` of [lesson_01/sublesson_a](../lesson_01/sublesson_a/model.py). |
 | adapted | `model.py` | `net` | from [lesson_01](../lesson_01/model.py): one more input (Sec. 2) |
-| copied | `model.py` | `Block` | from [lesson_01](../lesson_01/model.py) |
+| taken | `model.py` | `Block`, `Other` | from [lesson_01](../lesson_01/model.py) |
+| taken | `model.py` | `limit` | from [lesson_01/sublesson_a](../lesson_01/sublesson_a/model.py) |
+| copied | `train.py` | `net` | from [lesson_01](../lesson_01/train.py) |
 {lineage.END}
 
 ## After
 """
     (tmp_path / "lesson_02/README.md").write_text(readme.replace("one more", "two more"))
     only(check(tmp_path), "stale")
+    assert "| taken | `model.py` | `Block` | from [lesson_01](../../lesson_01/model.py) |" in (
+        tmp_path / "lesson_02/sublesson_b/README.md").read_text()
 
 
 def test_a_lesson_with_a_parent_needs_the_section_and_a_root_lesson_does_not(tmp_path):
@@ -369,25 +426,41 @@ def test_an_unregistered_folder_is_caught(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ diff, tree
-PAIR = {"lesson_01/model.py": f"{BLOCK}\n\n{NET}\n\ndef old(x):\n    return x\n",
-        "lesson_02/model.py": f"{COPY}{BLOCK}\n\n{ADAPTED}{WIDER}\n\nclass New:\n"
-                              "    # Copied from lesson_01/model.py: Block.forward\n    @staticmethod\n"
-                              "    def forward(x):\n        return x + 1\n"}
+PAIR = {"lesson_01/model.py": f"LIMIT = 3\n\n\n{BLOCK}\n\n{NET}\n\ndef old(x):\n    return x * LIMIT\n",
+        "lesson_01/train.py": BLOCK,
+        "lesson_02/model.py": '"""Words."""\nfrom earlier import (\n    LIMIT,\n    Block,\n)  # lesson 01\n\n'
+                              f"SIZE = (LIMIT,  # three\n\n        Block)\n\n\n{ADAPTED}{WIDER}\n\nclass New:\n"
+                              '    """A class."""\n\n    # Copied from lesson_01/model.py: Block.forward\n'
+                              "    @staticmethod\n    def forward(x):\n        # Eq. (1)\n        return x + 1\n\n"
+                              "    # Adapted from lesson_01/model.py: net -- a method\n    def net(self, x, width=4):\n"
+                              "        x = x * width  # wider\n        return -x\n",
+        "lesson_02/train.py": f"{COPY}{BLOCK}\n\ndef main():\n    print(1)\n"}
 DIFF = """lesson_02, Name02: what is new since lesson_01, Name01
 
-lesson_02/model.py
-  = Block   as in lesson_01/model.py
-  ~ net   from lesson_01/model.py: net: one more input (Sec. 2)
+lesson_02/model.py: 7 new lines of code
+  = LIMIT, Block   from lesson_01
+  + constants: 2 new lines of code
+    + SIZE = (LIMIT,
+    +         Block)
+  ~ net: 2 new lines of code, from lesson_01/model.py: net: one more input (Sec. 2)
     - def net(x, width=4):
-    -     \"""A network.\"""
     -     x = x * width
     + def net(x, y, width=4):
     +     x = x * width + y
           return x
-  + New   new
+  + New: 3 new lines of code
     + class New:
     +     = forward   as in lesson_01/model.py: Block.forward
+    +     def net(self, x, width=4):
+    +         x = x * width
+    +         return -x
   - old   left out
+
+lesson_02/train.py: 2 new lines of code
+  = Block   as in lesson_01/train.py
+  + main: 2 new lines of code
+    + def main():
+    +     print(1)
 """
 
 
@@ -424,6 +497,41 @@ def test_diff_accepts_every_name_of_a_sublesson(tmp_path, capsys, name):
     assert "  = net   as in lesson_01/model.py" in capsys.readouterr().out
 
 
+def test_diff_follows_what_comes_through_earlier_and_names_what_is_left_out(tmp_path, capsys):
+    far = "def far(x):\n    return net(x)\n\n\ndef gone(x):\n    return -x\n"
+    write(tmp_path, {"lesson_01/model.py": f"{NET}\n\n{far}",
+                     "lesson_02/model.py": "from earlier import far, gone  # lesson 01\nfar, gone\n",
+                     "lesson_03/model.py": "from earlier import far  # lesson 01\n\nNEAR = far\n"})
+    sync(tmp_path)
+    main(["diff", "02"], tmp_path)
+    assert "left out" not in capsys.readouterr().out                    # net: far needs it
+    main(["diff", "03"], tmp_path)
+    assert capsys.readouterr().out.endswith("  = far   from lesson_01\n  + constants: 1 new line of code\n"
+                                            "    + NEAR = far\n  - gone   left out\n")
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+@pytest.mark.parametrize("text, count", [
+    ("", 0), ('"""Words."""\n\n# a comment\nimport math\nfrom torch import (\n    nn,\n)\n', 0),
+    ("from earlier import net  # lesson 01\nimport earlier  # lesson 01: Block\n", 0),
+    (function(6), 6), ("A = 1\n\nB = (2,  # two\n     # and\n\n     3)\n", 3), ("A = \"\"\"a\n\nb\"\"\"\n", 2),
+    ("@property\n\ndef f(x):\n    'Words.'\n    return x\n", 3),
+    ("class Wide(Block):\n" + function(6, indent="    "), 7),
+    (ADAPTED + NET, 0), (ADAPTED + WIDER, 2), (ADAPTED + NET.replace("    return x", "    x = -x\n    return x"), 1),
+    (ADAPTED + "\n# apart\n" + WIDER, 3), (ADAPTED.replace("net", "no") + WIDER, 3),
+    ("class A:\n    # Copied from lesson_01/model.py: Block.forward\n    @staticmethod\n    def forward(x):\n"
+     "        return x + 1\n", 1),
+    ("# Adapted from lesson_01/model.py: Block -- less\nclass Less:\n    def __init__(self, width=8):\n"
+     "        self.width = width\n\n    # Adapted from lesson_01/model.py: net -- a method\n    def net(x, width=4):\n"
+     "        return x\n", 1),
+])
+def test_new_lines_of_code_are_counted(tmp_path, text, count):
+    write(tmp_path, {"lesson_01/model.py": f"{BLOCK}\n\n{NET}", "lesson_02/model.py": text})
+    house = lineage.load(tmp_path)
+    assert lineage.new_lines(house, "lesson_02") == count
+    assert lineage.sizes(house, "lesson_02") == (text.count("\n"), count)
+
+
 def test_diff_without_the_parent_says_so(tmp_path, capsys):
     write(tmp_path, {"lesson_01/model.py": NET, "lesson_03/model.py": NET})
     main(["diff", "03"], tmp_path)
@@ -432,8 +540,8 @@ def test_diff_without_the_parent_says_so(tmp_path, capsys):
         "Its parent, lesson 02, is not written yet: compared with an empty file."]
     main(["diff", "01"], tmp_path)
     assert capsys.readouterr().out.splitlines()[:6] == [
-        "lesson_01, Name01", "It has no parent: compared with an empty file.", "", "lesson_01/model.py",
-        "  + net   new", "    + def net(x, width=4):"]
+        "lesson_01, Name01", "It has no parent: compared with an empty file.", "",
+        "lesson_01/model.py: 3 new lines of code", "  + net: 3 new lines of code", "    + def net(x, width=4):"]
 
 
 def test_diff_counts_a_renamed_adaptation_as_kept(tmp_path, capsys):

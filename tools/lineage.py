@@ -214,7 +214,7 @@ def check_earlier(house):
                 yield path, row, f"takes {', '.join(idle)}, which neither model.py nor a script uses: drop it"
         for name in model.imports.keys() - model.used - handed_on:      # ruff cannot say so: F401 is off in model.py
             if all(module != "__future__" for module, _, _ in model.imports[name]):
-                yield path, 1, f"imports {name} and does not use it: drop it"
+                yield path, model.rows[name], f"imports {name} and does not use it: drop it"
         if model.problems or built.problems:
             continue
         text = file.read_text(encoding="utf-8") if file.exists() else ""
@@ -666,7 +666,7 @@ def diff(root, name):
                     yield from (("add", f"    + {line}") for line in shown(house, d))
         used = {d.origin for d in mine.values()}
         before = [d.name for d in theirs.values() if d.label not in used]
-        before += [name for name in (house.models[parent["folder"]].taken if model and theirs else ())]
+        before += list(house.models[parent["folder"]].taken) if model and parent["folder"] in house.models else []
         if gone := [name for name in before if name not in kept]:
             yield "del", f"  - {', '.join(gone)}   left out"
 
