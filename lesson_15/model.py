@@ -64,7 +64,7 @@ class DDPM(earlier.DDPM):
         return self.beta_tilde(t, s) ** (1 - self.v) * self.beta(t, s) ** self.v
 
     def times(self, steps=None, start=None):
-        """The sequence of Algorithm 2: `steps` times (default: all) from high to low, evenly spaced in u; a list of int.
+        """The sequence of Algorithm 2: `steps` times (default: all) from high to low, evenly spaced in u; list of int.
 
         start: the log-SNR of the first (default: the lowest). Without clipping -20 is too low for few steps.
         """
