@@ -340,7 +340,7 @@ def links(text):
     return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "REFERENCE.md"])
 def test_relative_links_and_pictures_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = links(text)
