@@ -3,229 +3,22 @@
 Convention: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; t runs from data (0) to noise (T - 1) and is fed to
 the network as that integer. The paper counts t from 1 to T, the code from 0 to T - 1; t = -1 is the clean image.
 Images are (B, C, H, W) in [-1, 1]; x0 and y0 are two of them, lam in [0, 1] is the way from x0 to y0.
-"""
 
-import math
+The process and the network are lesson 05's.
+"""
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from torch import nn
 
+from earlier import noise_like  # lesson 01
+from earlier import DDPM, UNet, image  # lesson 05
 
-# ------------------------------------------------------------------ the process: Sections 2 and 3 of the paper
-# Copied from lesson_05/model.py: DDPM
-class DDPM(nn.Module):
-    """The process of lesson 05, word for word: schedule, losses, Algorithms 1 and 2. Holds no weights."""
-
-    def __init__(self, timesteps=1000, beta_1=1e-4, beta_T=0.02, predict="noise", objective="simple",
-                 variance="small"):
-        super().__init__()
-        for value, known in ((predict, ("noise", "mean")), (objective, ("simple", "bound")),
-                             (variance, ("large", "small"))):
-            if value not in known:
-                raise ValueError(f"{value!r} is none of {', '.join(known)}")
-        if timesteps < 2:
-            raise ValueError(f"timesteps={timesteps} must be at least 2")
-        self.timesteps, self.predict, self.objective, self.variance = timesteps, predict, objective, variance
-        beta = torch.linspace(beta_1, beta_T, timesteps, dtype=torch.float64)
-        abar = torch.cumprod(1 - beta, dim=0)                               # Sec. 2, before Eq. (4)
-        # In float32, 1 - abar_0 = 1e-4 would keep three digits. The entry appended is abar_{-1} = 1: no noise.
-        self.register_buffer("abar", torch.cat([abar, abar.new_ones(1)]), persistent=False)        # (T + 1,)
-
-    # ------------------------------------------------------------------ forward process
-    def q_sample(self, x0, t, eps):
-        """x_t ~ q(x_t | x_0) with the given noise, Eq. (4). x0, eps (B, C, H, W) -> (B, C, H, W)."""
-        return image(self.abar[t].sqrt()) * x0 + image((1 - self.abar[t]).sqrt()) * eps
-
-    def beta(self, t, s):
-        """The variance that the steps from s to t add: beta_t for s = t - 1. (B,) float64."""
-        return 1 - self.abar[t] / self.abar[s]
-
-    def beta_tilde(self, t, s):
-        """The variance of q(x_s | x_t, x_0), Eq. (7): 0 at s = -1. (B,) float64."""
-        return (1 - self.abar[s]) / (1 - self.abar[t]) * self.beta(t, s)
-
-    def posterior_coefficients(self, t, s):
-        """mu-tilde = a x_0 + b x_t, Eq. (7) with any s < t in the place of t - 1. Two (B, 1, 1, 1)."""
-        a = self.abar[s].sqrt() * self.beta(t, s) / (1 - self.abar[t])
-        b = (1 - self.beta(t, s)).sqrt() * (1 - self.abar[s]) / (1 - self.abar[t])
-        return image(a), image(b)
-
-    def q_posterior(self, x0, xt, t, s):
-        """mu-tilde, the mean of q(x_s | x_t, x_0), Eq. (6) and (7). (B, C, H, W)."""
-        a, b = self.posterior_coefficients(t, s)
-        return a * x0 + b * xt
-
-    # ------------------------------------------------------------------ reverse process
-    def predict_x0(self, net, xt, t):
-        """The x_0 that the network's output stands for: Eq. (15), or Eq. (7) solved for x_0. (B, C, H, W)."""
-        output = net(xt, t)
-        if self.predict == "noise":
-            return (xt - image((1 - self.abar[t]).sqrt()) * output) / image(self.abar[t].sqrt())   # Eq. (15)
-        a, b = self.posterior_coefficients(t, t - 1)
-        return (output - b * xt) / a
-
-    def p_mean(self, net, xt, t, s, clip=True):
-        """mu_theta of p(x_s | x_t), Eq. (11), and the x_0 it aims at, clipped to [-1, 1] as in the official code."""
-        x0 = self.predict_x0(net, xt, t)
-        if clip:
-            x0 = x0.clamp(-1, 1)
-        return self.q_posterior(x0, xt, t, s), x0
-
-    def reverse_variance(self, t, s):
-        """sigma_t^2 of p(x_s | x_t), Sec. 3.2: beta or beta-tilde; lesson 05 on t = 0. (B,) float64."""
-        variance = self.beta(t, s) if self.variance == "large" else self.beta_tilde(t, s)
-        one, zero = torch.ones_like(t), torch.zeros_like(t)
-        return torch.where(t == 0, self.beta_tilde(one, zero), variance)
-
-    # ------------------------------------------------------------------ losses
-    def loss(self, net, x0):
-        """One draw of the training loss, Algorithm 1, lines 2 to 5. x0 (B, C, H, W) -> scalar."""
-        t = torch.randint(self.timesteps, (len(x0),), device=x0.device)     # Alg. 1, line 3
-        eps = torch.randn_like(x0)                                          # Alg. 1, line 4
-        xt = self.q_sample(x0, t, eps)
-        if self.objective == "bound":                                       # Eq. (5), divided by T
-            mean, _ = self.p_mean(net, xt, t, t - 1, clip=False)
-            return self.bound_term(x0, xt, t, mean).mean()
-        target = eps if self.predict == "noise" else self.q_posterior(x0, xt, t, t - 1)
-        return F.mse_loss(net(xt, t), target)                               # Eq. (14)
-
-    def bound_term(self, x0, xt, t, mean):
-        """L_{t-1} of Eq. (5), or L_0 where t = 0, for a reverse step with this mean. (B,) bits per dimension."""
-        variance = self.reverse_variance(t, t - 1)
-        ratio = image(self.beta_tilde(t, t - 1) / variance)                 # 0 at t = 0, where it is not used
-        error = (self.q_posterior(x0, xt, t, t - 1) - mean) ** 2
-        kl = 0.5 * (ratio - 1 - ratio.clamp(min=1e-20).log() + error / image(variance))            # of two Gaussians
-        nll = -discretized_log_likelihood(x0, mean, image(variance.sqrt()))
-        return torch.where(image(t) == 0, nll, kl).flatten(1).mean(1) / math.log(2)
-
-    def prior_term(self, x0):
-        """L_T of Eq. (5): the divergence of q(x_T | x_0) from a unit Gaussian. (B,) bits per dimension."""
-        abar = self.abar[self.timesteps - 1]
-        kl = 0.5 * (abar * x0 ** 2 - abar - torch.log1p(-abar))
-        return kl.flatten(1).mean(1) / math.log(2)
-
-    @torch.no_grad()
-    def bound(self, net, x0, generator=None):
-        """The whole of Eq. (5), every t once: prior (B,), terms (B, T) in bits per dimension, rmse (B, T) of x_0."""
-        terms, errors = [], []
-        for i in range(self.timesteps):
-            t = torch.full((len(x0),), i, device=x0.device)
-            xt = self.q_sample(x0, t, noise_like(x0, generator))
-            mean, x0_hat = self.p_mean(net, xt, t, t - 1)
-            terms.append(self.bound_term(x0, xt, t, mean))
-            errors.append(127.5 * (x0_hat - x0).flatten(1).square().mean(1).sqrt())
-        return self.prior_term(x0), torch.stack(terms, 1), torch.stack(errors, 1)
-
-    # ------------------------------------------------------------------ sampling
-    @torch.no_grad()
-    def reverse(self, net, xT, steps=None, clip=True, generator=None):
-        """Algorithm 2. Yields (t, x_s, x_0 estimate) after each of `steps` evenly spaced times (default: all T)."""
-        steps = self.timesteps if steps is None else steps
-        if not 1 < steps <= self.timesteps:
-            raise ValueError(f"steps={steps} must be between 2 and {self.timesteps}")
-        times = torch.linspace(self.timesteps - 1, 0, steps).round().long().tolist() + [-1]
-        x = xT                                                              # Alg. 2, line 1
-        for t, s in zip(times[:-1], times[1:]):                             # Alg. 2, line 2
-            t_, s_ = (torch.full((len(x),), i, device=x.device) for i in (t, s))
-            mean, x0 = self.p_mean(net, x, t_, s_, clip)
-            sigma = image(self.reverse_variance(t_, s_).sqrt())
-            x = mean + sigma * noise_like(x, generator) if s >= 0 else mean  # Alg. 2, lines 3 and 4
-            yield t, x, x0
-
-    def sample(self, net, n, steps=None, shape=(1, 28, 28), clip=True, generator=None):
-        """n images drawn with Algorithm 2, (n, C, H, W) in about [-1, 1]."""
-        xT = noise_like(torch.empty(n, *shape, device=self.abar.device), generator)
-        for _, x, _ in self.reverse(net, xT, steps, clip, generator):
-            pass
-        return x
-
-
-# Copied from lesson_05/model.py: image
-def image(values):
-    """(B,) -> (B, 1, 1, 1) float32, to multiply images with."""
-    return values.float()[:, None, None, None]
-
-
-# Copied from lesson_05/model.py: noise_like
-def noise_like(x, generator=None):
-    """Standard Gaussian noise. A CPU generator gives the same noise on every device."""
-    if generator is None:
-        return torch.randn_like(x)
-    return torch.randn(x.shape, generator=generator).to(x.device)
-
-
-# Copied from lesson_05/model.py: discretized_log_likelihood
-def discretized_log_likelihood(x0, mean, sigma):
-    """log p(x_0 | x_1), Eq. (13): the mass of N(mean, sigma^2) in the bin of each grey level, in nats."""
-    x0, mean, sigma = x0.double(), mean.double(), sigma.double()
-    upper = torch.where(x0 > 0.999, torch.inf, (x0 + 1 / 255 - mean) / sigma)
-    lower = torch.where(x0 < -0.999, -torch.inf, (x0 - 1 / 255 - mean) / sigma)
-    # Phi(u) - Phi(l) = Phi(-l) - Phi(-u): on the side where both are small, their logarithms keep the digits.
-    flip = lower > 0
-    upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
-    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-    return (log_upper + torch.log1p(-torch.exp(log_lower - log_upper))).float()
-
-
-# ------------------------------------------------------------------ between two images: Section 4.4 of the paper
+# ------------------------------------------------------------------ the mixture: Section 4.4 of the paper
 RULES = ("independent", "shared", "root")
 
 
-class Interpolation(DDPM):
-    """Noise two images to the same time t, mix the two x_t, denoise the mixture from that very t.
-
-    rule   "independent": a noise for each image, the paper's way; "shared": one noise for both;
-           "root": a noise for each, mixed with square roots as weights
-    steps  network calls that the whole chain would take; from t on, the same stride takes fewer
-    """
-
-    def times(self, t, steps):
-        """The times to visit: t itself first, -1 (the clean image) last."""
-        if not (0 <= t < self.timesteps and 1 < steps <= self.timesteps):
-            raise ValueError(f"t={t} must be between 0 and {self.timesteps - 1}, steps={steps} between 2 and "
-                             f"{self.timesteps}")
-        calls = max(1, round(steps * (t + 1) / self.timesteps))
-        return torch.linspace(t, 0, calls).round().long().tolist() + [-1]
-
-    @torch.no_grad()
-    def between(self, net, x0, y0, lams, t, rule="independent", steps=1000, clip=True, generator=None):
-        """From x0 (lam = 0) to y0 (lam = 1), both (B, C, H, W): an image for each of lams, (len(lams), B, C, H, W)."""
-        at, times = torch.full((len(x0),), t, device=x0.device), self.times(t, steps)
-        eps = noise_like(x0, generator)
-        eps_y = eps if rule == "shared" else noise_like(x0, generator)
-        xt, yt = self.q_sample(x0, at, eps), self.q_sample(y0, at, eps_y)           # x_t, x'_t ~ q(x_t | .), Eq. (4)
-        noise = [noise_like(x0, generator) for _ in times[1:-1]]                    # drawn once, for every lam
-        return torch.stack([self.decode(net, mix(xt, yt, lam, rule), times, noise, clip) for lam in lams])
-
-    def decode(self, net, x, times, noise, clip=True):
-        """Algorithm 2 from times[0] on, with the noise of its steps given. (B, C, H, W) -> (B, C, H, W)."""
-        for t, s, z in zip(times[:-1], times[1:], [*noise, 0]):                     # no noise in the last step
-            t, s = (torch.full((len(x),), i, device=x.device) for i in (t, s))
-            mean, _ = self.p_mean(net, x, t, s, clip)
-            x = mean + image(self.reverse_variance(t, s).sqrt()) * z
-        return x
-
-    @torch.no_grad()
-    def spherical(self, net, x0, y0, lams, steps=1000):
-        """`between` as in lesson 06 (DDIM): no noise at all; images and codes x_T are one to one; mixed on a sphere."""
-        down = self.times(self.timesteps - 1, steps)
-        xT, yT = (self.ddim(net, x, down[-2::-1]) for x in (x0, y0))                # the image stands for x at t = 0
-        return torch.stack([self.ddim(net, slerp(xT, yT, lam), down) for lam in lams])
-
-    def ddim(self, net, x, times):
-        """Follow the deterministic path through these times, up to a code or down to an image. (B, C, H, W)."""
-        for t, s in zip(times[:-1], times[1:]):
-            t, s = (torch.full((len(x),), i, device=x.device) for i in (t, s))
-            x0 = self.predict_x0(net, x, t)
-            eps = (x - image(self.abar[t].sqrt()) * x0) / image((1 - self.abar[t]).sqrt())
-            x = self.q_sample(x0, s, eps)
-        return x
-
-
 def mixing_weights(lam, rule):
-    """What x_t and x'_t are multiplied with."""
+    """What x_t and x'_t are multiplied with, Sec. 4.4: 1 - lam and lam; or, under the rule "root", their roots."""
     if rule not in RULES:
         raise ValueError(f"rule={rule} is none of {', '.join(RULES)}")
     return ((1 - lam) ** 0.5, lam ** 0.5) if rule == "root" else (1 - lam, lam)
@@ -238,173 +31,81 @@ def mix(xt, yt, lam, rule="independent"):
 
 
 def noise_share(lam, rule):
-    """The variance of the mixture's noise as a share of the 1 - abar_t that the network expects at t."""
+    """The variance of the noise in the mixture of Sec. 4.4, as a share of the 1 - abar_t that the network expects.
+
+    Two independent noises: a^2 + b^2, which is 1/2 in the middle. One noise for both: (a + b)^2.
+    """
     a, b = mixing_weights(lam, rule)
     return (a + b) ** 2 if rule == "shared" else a ** 2 + b ** 2
 
 
+# ------------------------------------------------------------------ a look ahead: codes without noise, lesson 06
 def slerp(a, b, lam):
-    """From a to b, both (B, C, H, W), on the great circle of each pair: keeps the length that noise has."""
+    """From a to b on the great circle of each pair (DDIM, Sec. 5.3): keeps the length that noise has. (B, C, H, W)."""
     cosine = F.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-0.9999, 0.9999)
     angle = image(torch.arccos(cosine))
     return (torch.sin((1 - lam) * angle) * a + torch.sin(lam * angle) * b) / torch.sin(angle)
 
 
-# ------------------------------------------------------------------ the network: Appendix B of the paper
-# Copied from lesson_05/model.py: UNet
-class UNet(nn.Module):
-    """The network of lesson 05, word for word: U-Net over an image and a time, attention at the low resolutions."""
+# ------------------------------------------------------------------ between two images: Section 4.4 of the paper
+class Interpolation(DDPM):
+    """Noise two images to the same time t, mix the two x_t, denoise the mixture from that very t (Sec. 4.4).
 
-    def __init__(self, channels=128, mults=(1, 2, 2), blocks=2, attention=(14,), dropout=0.1, groups=32, patch=1,
-                 image_size=28, image_channels=1):
-        super().__init__()
-        if image_size % (patch * 2 ** (len(mults) - 1)):
-            raise ValueError(f"image_size={image_size} cannot be halved {len(mults) - 1} times "
-                             f"after patches of {patch}")
-        self.channels, self.patch = channels, patch
-        width = 4 * channels
-        self.time = nn.Sequential(linear(channels, width), nn.SiLU(), linear(width, width))
-        size, c = image_size // patch, channels
-        self.stem = conv(image_channels * patch ** 2, c)
+    rule   "independent": a noise for each image, the paper's way; "shared": one noise for both;
+           "root": a noise for each, mixed with square roots as weights
+    steps  network calls that the whole chain would take; from t on, the same stride takes fewer
+    """
 
-        def level(c_in, c_out):
-            attend = Attention(c_out, groups) if size in attention else nn.Identity()
-            return nn.ModuleList([ResBlock(c_in, c_out, width, dropout, groups), attend])
+    def times(self, t, steps):
+        """The times of Algorithm 2 from t on, evenly spaced: t itself first, -1 (the clean image) last."""
+        if not (0 <= t < self.timesteps and 1 < steps <= self.timesteps):
+            raise ValueError(f"t={t} must be between 0 and {self.timesteps - 1}, steps={steps} between 2 and "
+                             f"{self.timesteps}")
+        calls = max(1, round(steps * (t + 1) / self.timesteps))
+        return torch.linspace(t, 0, calls).round().long().tolist() + [-1]
 
-        self.down, skips = nn.ModuleList(), [c]
-        for i, mult in enumerate(mults):
-            for _ in range(blocks):
-                self.down.append(level(c, channels * mult))
-                c = channels * mult
-                skips.append(c)
-            if i < len(mults) - 1:
-                self.down.append(Downsample(c))
-                skips.append(c)
-                size //= 2
-        self.middle = nn.ModuleList([ResBlock(c, c, width, dropout, groups), Attention(c, groups),
-                                     ResBlock(c, c, width, dropout, groups)])
-        self.up = nn.ModuleList()
-        for i, mult in reversed(list(enumerate(mults))):
-            for _ in range(blocks + 1):
-                self.up.append(level(c + skips.pop(), channels * mult))
-                c = channels * mult
-            if i > 0:
-                self.up.append(Upsample(c))
-                size *= 2
-        self.out = nn.Sequential(norm(c, groups), nn.SiLU(), conv(c, image_channels * patch ** 2, zero=True))
+    def decode(self, net, x, times, noise, clip=True):
+        """x-bar_0 ~ p(x_0 | x-bar_t), Sec. 4.4: Algorithm 2 from times[0] on, with the noise of its steps given.
 
-    def forward(self, x, t):
-        """x (B, C, H, W), t (B,) int -> the prediction, (B, C, H, W)."""
-        emb = self.time(time_embedding(t, self.channels))                   # (B, 4 channels)
-        x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)
-        h = self.stem(x)
-        skips = [h]
-        for layer in self.down:
-            h = layer(h) if isinstance(layer, Downsample) else layer[1](layer[0](h, emb))
-            skips.append(h)
-        first, attend, second = self.middle
-        h = second(attend(first(h, emb)), emb)
-        for layer in self.up:
-            if isinstance(layer, Upsample):
-                h = layer(h)
-            else:
-                h = layer[1](layer[0](torch.cat([h, skips.pop()], dim=1), emb))
-        return rearrange(self.out(h), "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
+        x (B, C, H, W); noise: one (B, C, H, W) for every step but the last, which adds none -> (B, C, H, W).
+        """
+        for t, s, z in zip(times[:-1], times[1:], [*noise, 0]):
+            t, s = (torch.full((len(x),), i, device=x.device) for i in (t, s))
+            mean, _ = self.p_mean(net, x, t, s, clip)
+            x = mean + image(self.reverse_variance(t, s).sqrt()) * z
+        return x
 
+    @torch.no_grad()
+    def between(self, net, x0, y0, lams, t, rule="independent", steps=1000, clip=True, generator=None):
+        """Sec. 4.4, all of it: from x0 (lam = 0) to y0 (lam = 1), an image for each of lams.
 
-# Copied from lesson_05/model.py: ResBlock
-class ResBlock(nn.Module):
-    """GroupNorm, swish, convolution, twice; the time enters between the two. The last convolution starts at 0."""
+        x0, y0 (B, C, H, W) -> (len(lams), B, C, H, W). All lams share their noises, encoder's and decoder's.
+        """
+        at, times = torch.full((len(x0),), t, device=x0.device), self.times(t, steps)
+        eps = noise_like(x0, generator)
+        eps_y = eps if rule == "shared" else noise_like(x0, generator)
+        xt, yt = self.q_sample(x0, at, eps), self.q_sample(y0, at, eps_y)           # x_t, x'_t ~ q(x_t | .), Eq. (4)
+        noise = [noise_like(x0, generator) for _ in times[1:-1]]
+        return torch.stack([self.decode(net, mix(xt, yt, lam, rule), times, noise, clip) for lam in lams])
 
-    def __init__(self, c_in, c_out, width, dropout=0.0, groups=32):
-        super().__init__()
-        self.norm1, self.conv1 = norm(c_in, groups), conv(c_in, c_out)
-        self.time = linear(width, c_out)
-        self.norm2, self.conv2 = norm(c_out, groups), conv(c_out, c_out, zero=True)
-        self.dropout = nn.Dropout(dropout)
-        self.skip = conv(c_in, c_out, kernel=1) if c_in != c_out else nn.Identity()
+    def ddim(self, net, x, times):
+        """Follow the deterministic path (DDIM, Eq. (12) with sigma = 0) through these times, up or down. (B, C, H, W).
 
-    def forward(self, x, emb):
-        """x (B, c_in, H, W), emb (B, width) -> (B, c_out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(F.silu(emb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.skip(x) + h
+        Up it leads to a code, down to an image.
+        """
+        for t, s in zip(times[:-1], times[1:]):
+            t, s = (torch.full((len(x),), i, device=x.device) for i in (t, s))
+            x0 = self.predict_x0(net, x, t)
+            eps = (x - image(self.abar[t].sqrt()) * x0) / image((1 - self.abar[t]).sqrt())
+            x = self.q_sample(x0, s, eps)
+        return x
 
+    @torch.no_grad()
+    def spherical(self, net, x0, y0, lams, steps=1000):
+        """`between` without noise (DDIM, Sec. 5.3): images and codes x_T are one to one, codes are mixed on a sphere.
 
-# Copied from lesson_05/model.py: Attention
-class Attention(nn.Module):
-    """Self-attention over the positions, one head as wide as the block. The last projection starts at 0."""
-
-    def __init__(self, channels, groups=32):
-        super().__init__()
-        self.norm = norm(channels, groups)
-        self.qkv, self.out = linear(channels, 3 * channels), linear(channels, channels, zero=True)
-
-    def forward(self, x):
-        """(B, C, H, W) -> (B, C, H, W)."""
-        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        q, k, v = self.qkv(h).chunk(3, dim=2)                               # (B, H W, C) each
-        weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(x.shape[1]), dim=2)                # (B, H W, H W)
-        return x + rearrange(self.out(weights @ v), "b (h w) c -> b c h w", h=x.shape[2])
-
-
-# Copied from lesson_05/model.py: Downsample
-class Downsample(nn.Module):
-    """Half the resolution. Padding on the right and bottom only, as TensorFlow's SAME does."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = conv(channels, channels, stride=2, padding=0)
-
-    def forward(self, x):
-        """(B, C, H, W) -> (B, C, H / 2, W / 2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-# Copied from lesson_05/model.py: Upsample
-class Upsample(nn.Module):
-    """Twice the resolution: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = conv(channels, channels)
-
-    def forward(self, x):
-        """(B, C, H, W) -> (B, C, 2 H, 2 W)."""
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-# Copied from lesson_05/model.py: time_embedding
-def time_embedding(t, dim):
-    """Sines, then cosines, of t at dim / 2 frequencies from 1 down to 1/10000. (B,) -> (B, dim)."""
-    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - 1))
-    angle = t.float()[:, None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
-# Copied from lesson_05/model.py: norm
-def norm(channels, groups):
-    """GroupNorm with the epsilon of the official code."""
-    return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-# Copied from lesson_05/model.py: conv
-def conv(c_in, c_out, kernel=3, stride=1, padding=None, zero=False):
-    """A convolution that keeps the resolution (stride 1), started as the official code starts it."""
-    padding = kernel // 2 if padding is None else padding
-    return initialised(nn.Conv2d(c_in, c_out, kernel, stride, padding), zero)
-
-
-# Copied from lesson_05/model.py: linear
-def linear(c_in, c_out, zero=False):
-    """A linear layer, started as the official code starts it."""
-    return initialised(nn.Linear(c_in, c_out), zero)
-
-
-# Copied from lesson_05/model.py: initialised
-def initialised(layer, zero=False):
-    """The official code's start: uniform with variance 2 / (fan in + fan out), or 0; biases 0."""
-    nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+        x0, y0 (B, C, H, W) -> (len(lams), B, C, H, W).
+        """
+        down = self.times(self.timesteps - 1, steps)
+        xT, yT = (self.ddim(net, x, down[-2::-1]) for x in (x0, y0))                # the image stands for x at t = 0
+        return torch.stack([self.ddim(net, slerp(xT, yT, lam), down) for lam in lams])

@@ -34,7 +34,8 @@ def main(argv=None):
     if cfg.gif:
         eps = guided(net, c[:10], torch.full_like(c[:10], null), cfg.guidance)
         xT = torch.randn(len(c[:10]), 1, 28, 28, generator=run.generator(1)).to(run.device)
-        path = [torch.cat([x_s, x_0]).cpu() for _, x_s, x_0 in ddpm.reverse(eps, xT, cfg.steps, run.generator(2))]
+        way = ddpm.reverse(eps, xT, cfg.steps, generator=run.generator(2))
+        path = [torch.cat([x_s, x_0]).cpu() for _, x_s, x_0 in way]
         shown = sorted({round(i) for i in torch.linspace(0, len(path) - 1, 30).tolist()})
         run.output(save_gif, [path[i] for i in shown], cfg.gif, columns=len(c[:10]))
     if cfg.metrics:

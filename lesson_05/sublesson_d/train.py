@@ -1,7 +1,7 @@
 """Train a class-conditional DDPM with a transformer block on MNIST.
 
     python train.py                          the values of config.yaml
-    python train.py unet.block=attention     lesson 05c's layers; --help lists all keys
+    python train.py unet.depth=2             two transformer blocks in a row; --help lists all keys
     python train.py start= steps=5000        from random weights
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model
@@ -9,7 +9,7 @@
 
 import torch
 
-from model import DDPM, Attention, ClassTokens, CrossBlock, SpatialTransformer, UNet, drop, given
+from model import DDPM, UNet, drop, given
 from utils import EMA, Run, UserError, Weights, cli, digits, ramp, save_grid
 
 
@@ -43,23 +43,18 @@ def main(argv=None):
     return run.finish(ema, unet=run.config.unet, ddpm=run.config.ddpm)              # weights, loss curve, numbers
 
 
-# Adapted from lesson_05/sublesson_c/train.py: begin_with -- without lesson 05's self-attention, for either block
+# Adapted from lesson_05/sublesson_c/train.py: begin_with -- without lesson 05's self-attention
 def begin_with(net, path):
-    """Copy lesson 05's weights into all layers but attention, transformers and classes, which keep their own start.
+    """Take over lesson 05's weights by their names, but not its self-attention, which the transformer replaces.
 
-    Sorted by name, these layers stand in the same order in both networks. Attention in the middle is left behind, so
-    that both kinds of block begin alike: with nothing learned.
+    So the layers that the claim compares begin alike: with nothing learned.
     """
-    fresh = Attention, ClassTokens, CrossBlock, SpatialTransformer
-    new = {p for m in net.modules() if isinstance(m, fresh) for p in m.parameters()}
-    own = [p for _, p in sorted(net.named_parameters()) if p not in new]
-    theirs = [value for name, value in sorted(Weights(path, "lesson_05").state.items())
-              if not name.startswith("middle.1.")]
-    if [p.shape for p in own] != [value.shape for value in theirs]:
+    own, last = net.state_dict(), f"middle.{len(net.middle) - 1}."
+    known = {name.replace("middle.2.", last): value for name, value in Weights(path, "lesson_05").state.items()
+             if not name.startswith("middle.1.")}
+    if any(name not in own or own[name].shape != value.shape for name, value in known.items()):
         raise UserError(f"start={path}: this network has other layers than that of lesson 05; train.start= trains anew")
-    with torch.no_grad():
-        for p, value in zip(own, theirs):
-            p.copy_(value)
+    net.load_state_dict(own | known)                    # the bottom's second block stands behind what is new
 
 
 if __name__ == "__main__":
