@@ -7,11 +7,9 @@
     torchrun --nproc_per_node 2 train.py     several processes, one model
 """
 
-import math
-
 import torch
 
-from model import noise_like
+from model import swiss_roll
 from sample import build, draw, picture
 from utils import EMA, Run, UserError, cli, derive, digits, ramp, save_grid, to_float
 
@@ -71,14 +69,6 @@ class Drawn:
         generator = torch.Generator().manual_seed(derive(self.seed, step))
         x0 = self.draw(self.batch_size, generator)[rank::world]
         return x0, torch.zeros(len(x0))
-
-
-# Copied from lesson_01/model.py: swiss_roll
-def swiss_roll(n, generator=None, width=0.04):
-    """Points on a spiral of one and a half turns, with a little noise across it. (n, 2) within [-2, 2]."""
-    angle = math.pi * (1.5 + 3 * torch.rand(n, generator=generator))
-    spiral = torch.stack([angle.cos(), angle.sin()], dim=1) * angle[:, None] / (4.5 * math.pi)
-    return 1.8 * spiral + width * noise_like(spiral, generator)
 
 
 def heartbeat(n, generator=None, size=20, period=5):
