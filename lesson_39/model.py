@@ -1,17 +1,21 @@
 """Flow Matching for Generative Modeling (Lipman, Chen, Ben-Hamu, Nickel, Le 2022, arXiv 2210.02747).
 
 Convention: x_t = a_t x_0 + s_t eps, on the optimal-transport path t x_0 + (1 - (1 - s_min) t) eps; t runs from noise
-(0) to data (1) and is fed to the network as 1000 t. The paper calls the data x_1 and the noise x_0: here, as in the
-whole course, x_0 is the data and eps the noise. Images are (B, C, H, W) in [-1, 1]; t is (B,) in [0, 1].
+(0) to data (1). The paper calls the data x_1 and the noise x_0: here, as in the whole course, x_0 is the data and eps
+the noise. Images are (B, C, H, W) in [-1, 1]; t is (B,) in [0, 1].
+
+The network is lesson 05's U-Net, asked as net(x, network_time(t)): what its `forward` calls t is 1000 t, a real number.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 from torchdiffeq import odeint
+
+from earlier import UNet, image  # lesson 05
+from earlier import bits_per_dim  # lesson 07
 
 SOLVERS = ("dopri5", "euler", "midpoint", "rk4")                            # the first chooses its steps
 
@@ -21,8 +25,8 @@ class OT:
     """The optimal-transport path, Eq. (20): noise is carried to an image in a straight line, at constant speed.
 
     It is optimal between the noise and ONE image. It does not pair noises with images: that is another method.
+    s_min: the deviation that is left at t = 1.
     """
-
     end = 1.0                                                               # where sampling ends
 
     def __init__(self, s_min=1e-5):
@@ -43,7 +47,6 @@ class VP:
     Diffusion time is 1 - t, with the linear beta from beta_min (data) to beta_max (noise).
     Differs from the paper's formula: it ends 1e-5 before the data, because the field is infinite at t = 1.
     """
-
     end = 1 - 1e-5
 
     def __init__(self, beta_min=0.1, beta_max=20.0):
@@ -61,29 +64,29 @@ class VP:
 
 
 # ------------------------------------------------------------------ the process: Sections 2 and 3
-# Adapted from lesson_07/model.py: SDE -- a path and the field that makes it in the place of drift, diffusion and score
+def network_time(t):
+    """What the network receives as the time of v_t (Sec. 3): 1000 t. (B,) -> (B,) float32.
+
+    Differs from the paper, which feeds t: lesson 05's embedding is made for numbers from 0 to 999.
+    """
+    return (1000 * t).float()
+
+
+# Adapted from lesson_07/model.py: SDE -- a path and the field that makes it, where that has drift, diffusion and score
 class FlowMatching(nn.Module):
-    """Paths from noise to data, the loss, and the flow: sampling and likelihood. Holds no weights.
+    """Paths from noise to data, the loss, and the flow: sampling and likelihood (Sec. 2 to 4). Holds no weights.
 
     path                "ot" or "vp"
-    objective           "flow": the network is the vector field; "score": it predicts the noise, and with it the
-                        score, as in lesson 07 (the paper's baseline; on the VP path)
     s_min               of the OT path; beta_min, beta_max: of the VP path
     """
-
-    def __init__(self, path="ot", objective="flow", s_min=1e-5, beta_min=0.1, beta_max=20.0):
+    def __init__(self, path="ot", s_min=1e-5, beta_min=0.1, beta_max=20.0):
         super().__init__()
         if path not in ("ot", "vp"):
             raise ValueError(f"path={path!r} is none of ot, vp")
-        if objective not in ("flow", "score"):
-            raise ValueError(f"objective={objective!r} is none of flow, score")
-        if (path, objective) == ("ot", "score"):
-            raise ValueError("objective=score needs path=vp: the OT path begins with a = 0, which it divides by")
         self.path = OT(s_min) if path == "ot" else VP(beta_min, beta_max)
-        self.objective = objective
 
     def coefficients(self, t):
-        """a_t, s_t, a'_t, s'_t to multiply images with: four (B, 1, 1, 1)."""
+        """a_t, s_t, a'_t, s'_t of Sec. 4, to multiply images with: four (B, 1, 1, 1)."""
         return tuple(image(value) for value in self.path(t.double()))
 
     # ------------------------------------------------------------------ conditional path and field
@@ -106,38 +109,38 @@ class FlowMatching(nn.Module):
     def loss(self, net, x0):
         """Conditional flow matching (Theorem 2: the gradient of flow matching). x0 (B, C, H, W) -> scalar.
 
-        The noise is drawn without a look at the data. objective "score" is the baseline: denoising score matching,
-        weighted with s_t^2, which makes it the squared error of the noise.
+        The noise is drawn without a look at the data.
         """
         t = self.path.end * torch.rand(len(x0), dtype=torch.float64, device=x0.device)
         eps = torch.randn_like(x0)
-        target = self.target(x0, t, eps) if self.objective == "flow" else eps
-        return F.mse_loss(net(self.q_sample(x0, t, eps), network_time(t)), target)                 # Eq. (23) for OT
+        v = net(self.q_sample(x0, t, eps), network_time(t))
+        return F.mse_loss(v, self.target(x0, t, eps))                       # Eq. (23) for OT
 
     # ------------------------------------------------------------------ the flow
     def velocity(self, net, x, t):
-        """The vector field v_t(x) of the flow. x (B, C, H, W), t (B,) -> (B, C, H, W)."""
-        output = net(x, network_time(t))
-        if self.objective == "flow":
-            return output
-        a, s, _, _ = self.coefficients(t)
-        return self.target((x - s * output) / a, t, output)      # beta / 2 (x + score): the probability-flow ODE
+        """The vector field v_t(x) of the flow, Eq. (1): what the network says. x (B, C, H, W), t (B,) -> like x."""
+        return net(x, network_time(t))
 
     def predict_x0(self, x, v, t):
-        """The x_0 with u_t(x | x_0) = v: the mean of the data behind x, if v is the field. (B, C, H, W)."""
+        """The x_0 with u_t(x | x_0) = v (Theorem 3): the mean of the data behind x, if v is the field. Like x."""
         a, s, da, ds = self.coefficients(t)
         return (s * v - ds * x) / (s * da - a * ds)
 
     @torch.no_grad()
-    def sample(self, net, eps, solver="dopri5", steps=50, tolerance=1e-5, times=None):
-        """Carry noise (B, C, H, W) to data. Returns x at `times` (default: the end only) and the network calls.
+    def sample(self, net, eps, solver="dopri5", steps=None, tolerance=1e-5, times=None):
+        """Carry noise (B, C, H, W) to data along Eq. (1). Returns x and the network calls.
 
-        solver: "dopri5" chooses its steps so that the error of each stays below `tolerance` (rtol = atol), for the
-        batch as one; "euler", "midpoint" and "rk4" take `steps` equal ones. times: (S,) float64, first 0.
+        solver     "dopri5" chooses its steps so that the error of each stays below `tolerance` (rtol = atol), for the
+                   batch as one; "euler", "midpoint" and "rk4" take `steps` equal ones (50 if not given)
+        times      (S,) float64, first 0: x is wanted at these, (S, B, C, H, W), not only at the end. They are the
+                   steps of the last three solvers, so `steps` may not be given with them
         State and time of the solver are float64: in float32, 1 - t = 1e-5 would keep two digits.
         """
         if solver not in SOLVERS:
             raise ValueError(f"solver={solver!r} is none of {', '.join(SOLVERS)}")
+        if times is not None and steps is not None:
+            raise ValueError(f"steps={steps} says nothing beside times, which are the steps: give one of the two")
+        steps = 50 if steps is None else steps
         if steps < 1 or tolerance <= 0:
             raise ValueError(f"steps={steps} must be at least 1 and tolerance={tolerance} above 0")
         calls = 0
@@ -148,13 +151,12 @@ class FlowMatching(nn.Module):
             return self.velocity(net, x.float(), t.expand(len(x))).double()
 
         grid = torch.linspace(0, self.path.end, 2 if solver == "dopri5" else steps + 1, dtype=torch.float64)
-        times, whole = (grid, False) if times is None else (times, True)
-        path = integrate(field, eps.double(), times.to(eps.device), solver, tolerance).float()
-        return path if whole else path[-1], calls
+        path = integrate(field, eps.double(), (grid if times is None else times).to(eps.device), solver, tolerance)
+        return (path[-1] if times is None else path).float(), calls
 
     # Adapted from lesson_07/model.py: SDE.log_likelihood -- of any field; time runs the other way; exact or estimated
     def log_likelihood(self, net, x, probes, tolerance=1e-5):
-        """log p_1(x), by the flow back to the noise and the change of variables along it (Sec. 2).
+        """log p_1(x), by the flow back to the noise and the change of variables along it (Sec. 2 and App. C).
 
         x (B, C, H, W); probes (P, B, C, H, W): see `divergence`. Returns (B,) in nats, the noise that x came from
         (B, C, H, W) and the network calls (each with P vector-Jacobian products).
@@ -178,18 +180,16 @@ class FlowMatching(nn.Module):
 
 
 def integrate(field, state, times, solver, tolerance):
-    """The solution of d state / dt = field(t, state) at `times`. dopri5 must not step beyond the last of them."""
+    """Eq. (1) solved: the states (S, ...) at `times` (S,) of d state / dt = field(t, state).
+
+    dopri5 must not step beyond the last of the times: there is no field there.
+    """
     options = {"step_t": times[-1:]} if solver == "dopri5" else {}
     return odeint(field, state, times, method=solver, rtol=tolerance, atol=tolerance, options=options)
 
 
-def network_time(t):
-    """What the network receives as time: lesson 05's embedding is made for 0 to 999. (B,) -> (B,) float32."""
-    return (1000 * t).float()
-
-
 def divergence(v, x, probes):
-    """The sum over probes z of z' (dv/dx) z. (B,).
+    """The sum over probes z of z' (dv/dx) z (App. C). v (B, C, H, W) at x, probes (P, B, C, H, W) -> (B,).
 
     With one z of random signs: the unbiased estimate of the trace by Hutchinson. With all unit vectors: the trace.
     """
@@ -201,199 +201,19 @@ def divergence(v, x, probes):
 
 
 def signs(x, generator=None):
-    """One probe of random signs for Hutchinson's estimate. (1, B, C, H, W)."""
+    """One probe of random signs for Hutchinson's estimate (App. C). (B, C, H, W) -> (1, B, C, H, W)."""
     return (torch.randint(2, x.shape, generator=generator) * 2.0 - 1)[None].to(x.device)
 
 
-# ------------------------------------------------------------------ 8-bit images as densities
+# ------------------------------------------------------------------ 8-bit images as densities: Appendix C
+# Adapted from lesson_07/model.py: dequantise -- the grey level is rounded to a whole number first
 def dequantise(x0, generator=None):
-    """Grey levels k in [-1, 1] become (k + u) / 128 - 1 with u uniform in [0, 1): a density that can be compared."""
+    """Grey levels k in [-1, 1] become (k + u) / 128 - 1 with u uniform in [0, 1): a density, App. C. (B, C, H, W)."""
     level = ((x0 + 1) * 127.5).round()
     u = torch.rand(x0.shape, generator=generator).to(x0.device)
     return (level + u) / 128 - 1
 
 
 def quantise(x):
-    """The grey level whose bin x lies in, back in [-1, 1]: undoes `dequantise`."""
+    """The grey level whose bin x lies in, back in [-1, 1]: undoes `dequantise` (App. C). (B, C, H, W)."""
     return ((x + 1) * 128).floor().clamp(0, 255) / 127.5 - 1
-
-
-def bits_per_dim(log_p, dims):
-    """Bits per dimension of 8-bit images, from the log-density of the dequantised ones in nats. (B,).
-
-    A bin is 1/128 wide: 7 bits. This is a bound on the bits of the grey levels, because of the dequantisation.
-    """
-    return -log_p / (dims * math.log(2)) + 7
-
-
-# Copied from lesson_05/model.py: image
-def image(values):
-    """(B,) -> (B, 1, 1, 1) float32, to multiply images with."""
-    return values.float()[:, None, None, None]
-
-
-# ------------------------------------------------------------------ the network: that of lesson 05
-# Copied from lesson_05/model.py: UNet
-class UNet(nn.Module):
-    """U-Net over an image and a time: residual blocks with the time added in, attention at the low resolutions.
-
-    channels   width of the first level
-    mults      width of every level as a multiple of `channels`; each further level halves the resolution
-    blocks     residual blocks a level on the way down (one more on the way up)
-    attention  resolutions that get self-attention after every block
-    patch      the image enters as patch x patch pixels a position (1: as in the paper)
-    """
-
-    def __init__(self, channels=128, mults=(1, 2, 2), blocks=2, attention=(14,), dropout=0.1, groups=32, patch=1,
-                 image_size=28, image_channels=1):
-        super().__init__()
-        if image_size % (patch * 2 ** (len(mults) - 1)):
-            raise ValueError(f"image_size={image_size} cannot be halved {len(mults) - 1} times "
-                             f"after patches of {patch}")
-        self.channels, self.patch = channels, patch
-        width = 4 * channels
-        self.time = nn.Sequential(linear(channels, width), nn.SiLU(), linear(width, width))
-        size, c = image_size // patch, channels
-        self.stem = conv(image_channels * patch ** 2, c)
-
-        def level(c_in, c_out):
-            attend = Attention(c_out, groups) if size in attention else nn.Identity()
-            return nn.ModuleList([ResBlock(c_in, c_out, width, dropout, groups), attend])
-
-        self.down, skips = nn.ModuleList(), [c]
-        for i, mult in enumerate(mults):
-            for _ in range(blocks):
-                self.down.append(level(c, channels * mult))
-                c = channels * mult
-                skips.append(c)
-            if i < len(mults) - 1:
-                self.down.append(Downsample(c))
-                skips.append(c)
-                size //= 2
-        self.middle = nn.ModuleList([ResBlock(c, c, width, dropout, groups), Attention(c, groups),
-                                     ResBlock(c, c, width, dropout, groups)])
-        self.up = nn.ModuleList()
-        for i, mult in reversed(list(enumerate(mults))):
-            for _ in range(blocks + 1):
-                self.up.append(level(c + skips.pop(), channels * mult))
-                c = channels * mult
-            if i > 0:
-                self.up.append(Upsample(c))
-                size *= 2
-        self.out = nn.Sequential(norm(c, groups), nn.SiLU(), conv(c, image_channels * patch ** 2, zero=True))
-
-    def forward(self, x, t):
-        """x (B, C, H, W), t (B,) int -> the prediction, (B, C, H, W)."""
-        emb = self.time(time_embedding(t, self.channels))                   # (B, 4 channels)
-        x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)
-        h = self.stem(x)
-        skips = [h]
-        for layer in self.down:
-            h = layer(h) if isinstance(layer, Downsample) else layer[1](layer[0](h, emb))
-            skips.append(h)
-        first, attend, second = self.middle
-        h = second(attend(first(h, emb)), emb)
-        for layer in self.up:
-            if isinstance(layer, Upsample):
-                h = layer(h)
-            else:
-                h = layer[1](layer[0](torch.cat([h, skips.pop()], dim=1), emb))
-        return rearrange(self.out(h), "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
-
-
-# Copied from lesson_05/model.py: ResBlock
-class ResBlock(nn.Module):
-    """GroupNorm, swish, convolution, twice; the time enters between the two. The last convolution starts at 0."""
-
-    def __init__(self, c_in, c_out, width, dropout=0.0, groups=32):
-        super().__init__()
-        self.norm1, self.conv1 = norm(c_in, groups), conv(c_in, c_out)
-        self.time = linear(width, c_out)
-        self.norm2, self.conv2 = norm(c_out, groups), conv(c_out, c_out, zero=True)
-        self.dropout = nn.Dropout(dropout)
-        self.skip = conv(c_in, c_out, kernel=1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x, emb):
-        """x (B, c_in, H, W), emb (B, width) -> (B, c_out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(F.silu(emb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.skip(x) + h
-
-
-# Copied from lesson_05/model.py: Attention
-class Attention(nn.Module):
-    """Self-attention over the positions, one head as wide as the block. The last projection starts at 0."""
-
-    def __init__(self, channels, groups=32):
-        super().__init__()
-        self.norm = norm(channels, groups)
-        self.qkv, self.out = linear(channels, 3 * channels), linear(channels, channels, zero=True)
-
-    def forward(self, x):
-        """(B, C, H, W) -> (B, C, H, W)."""
-        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        q, k, v = self.qkv(h).chunk(3, dim=2)                               # (B, H W, C) each
-        weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(x.shape[1]), dim=2)                # (B, H W, H W)
-        return x + rearrange(self.out(weights @ v), "b (h w) c -> b c h w", h=x.shape[2])
-
-
-# Copied from lesson_05/model.py: Downsample
-class Downsample(nn.Module):
-    """Half the resolution. Padding on the right and bottom only, as TensorFlow's SAME does."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = conv(channels, channels, stride=2, padding=0)
-
-    def forward(self, x):
-        """(B, C, H, W) -> (B, C, H / 2, W / 2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-# Copied from lesson_05/model.py: Upsample
-class Upsample(nn.Module):
-    """Twice the resolution: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = conv(channels, channels)
-
-    def forward(self, x):
-        """(B, C, H, W) -> (B, C, 2 H, 2 W)."""
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-# Copied from lesson_05/model.py: time_embedding
-def time_embedding(t, dim):
-    """Sines, then cosines, of t at dim / 2 frequencies from 1 down to 1/10000. (B,) -> (B, dim)."""
-    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - 1))
-    angle = t.float()[:, None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
-# Copied from lesson_05/model.py: norm
-def norm(channels, groups):
-    """GroupNorm with the epsilon of the official code."""
-    return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-# Copied from lesson_05/model.py: conv
-def conv(c_in, c_out, kernel=3, stride=1, padding=None, zero=False):
-    """A convolution that keeps the resolution (stride 1), started as the official code starts it."""
-    padding = kernel // 2 if padding is None else padding
-    return initialised(nn.Conv2d(c_in, c_out, kernel, stride, padding), zero)
-
-
-# Copied from lesson_05/model.py: linear
-def linear(c_in, c_out, zero=False):
-    """A linear layer, started as the official code starts it."""
-    return initialised(nn.Linear(c_in, c_out), zero)
-
-
-# Copied from lesson_05/model.py: initialised
-def initialised(layer, zero=False):
-    """The official code's start: uniform with variance 2 / (fan in + fan out), or 0; biases 0."""
-    nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer

@@ -13,15 +13,15 @@ Measured without a verdict: calls by tolerance; the error of few calls; the call
 set of training images without a network; and the published network's calls by tolerance.
 """
 
-import statistics
-
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import train
-from model import FlowMatching, UNet, quantise
+from model import FlowMatching, UNet, network_time, quantise
 from sample import draw, likelihood
 from utils import (
+    Arm,
     Claim,
     Weights,
     cli,
@@ -38,10 +38,27 @@ from utils import (
     ticks,
 )
 
-ARMS = {"SM": ["flow.path=vp", "flow.objective=score"], "FM-VP": ["flow.path=vp", "flow.objective=flow"],
-        "FM-OT": ["flow.path=ot", "flow.objective=flow"]}
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 FEW = (4, 8, 16, 32, 64)                               # network calls of the midpoint method
+
+
+class ScoreMatching(FlowMatching):
+    """The paper's baseline on the VP path: the network predicts the noise, and with it the score, as in lesson 07."""
+
+    def loss(self, net, x0):
+        """Denoising score matching, weighted with s_t^2, which makes it the squared error of the noise. -> scalar."""
+        t = self.path.end * torch.rand(len(x0), dtype=torch.float64, device=x0.device)
+        eps = torch.randn_like(x0)
+        return F.mse_loss(net(self.q_sample(x0, t, eps), network_time(t)), eps)
+
+    def velocity(self, net, x, t):
+        """beta / 2 (x + score), the probability-flow ODE: u_t at the x_0 that the predicted noise stands for."""
+        eps = net(x, network_time(t))
+        a, s, _, _ = self.coefficients(t)
+        return self.target((x - s * eps) / a, t, eps)
+
+
+ARMS = {"SM": Arm(["flow.path=vp"], FlowMatching=ScoreMatching), "FM-VP": ["flow.path=vp"], "FM-OT": ["flow.path=ot"]}
 
 
 def main(argv=None):
@@ -58,6 +75,8 @@ def main(argv=None):
     claim.judge("c", "FM-OT has the lowest FID after every number of training steps, and at the last one clearly",
                 paper="the lowest of the three all along the training (Fig. 5, ImageNet 64)",
                 holds=lowest_all_along(rows.unfold("fid", "steps")))
+    error = rows.unfold("error", "calls")
+    claim.note("few", {arm: {n: error.mean("error", arm=arm, calls=n) for n in FEW} for arm in ARMS})
     claim.note("exact", exact(run))
     claim.note("published", few(run, *load(run, published(run, "FM-OT")), 0))
     claim.note("floor", floor(cfg.n))
@@ -81,11 +100,11 @@ def measure(run, weights, arm, seed):
     """The calls, bits and FIDs of a trained arm, the error of few calls, and some images."""
     cfg, fid = run.config.reproduce, {}
     for snapshot in sorted(weights.path.parent.glob("step_*.safetensors")):
-        flow, net = load(run, Weights(snapshot, run.name))
+        flow, net = load(run, Weights(snapshot, run.name), arm)
         eps = torch.randn(cfg.n, 1, 28, 28, generator=seeded(seed)).to(run.device)
         x, _ = draw(flow, net, eps, 100, "dopri5", 1, cfg.fid_tolerance)
         fid[str(int(snapshot.stem.removeprefix("step_")))] = fid_to_test(x)
-    flow, net = load(run, weights)
+    flow, net = load(run, weights, arm)
     x0 = digits("test").first(cfg.bits_images)[0].to(run.device)
     bits, bits_calls = likelihood(flow, net, x0, cfg.bits_tolerance)
     return {"fid": fid, "bits": float(bits.mean()), "bits_error": float(bits.std() / len(bits) ** 0.5),
@@ -110,9 +129,10 @@ def distance(x, reference):
     return float((x - reference).square().mean().sqrt())
 
 
-def load(run, weights):
-    """Process and network of a weights file."""
-    return run.place(FlowMatching(**weights.config["flow"]), weights.load(UNet(**weights.config["unet"])))
+def load(run, weights, arm="FM-OT"):
+    """Process and network of an arm's weights file."""
+    process = ScoreMatching if arm == "SM" else FlowMatching
+    return run.place(process(**weights.config["flow"]), weights.load(UNet(**weights.config["unet"])))
 
 
 # ------------------------------------------------------------------ the field without a network
@@ -164,10 +184,8 @@ def plot_calls(claim, path):
                              ("published network", network, "s--C3")):
         table = row["calls_by_tolerance"]
         left.loglog([float(tol) for tol in table], list(table.values()), style, label=name)
-    error = claim.rows.unfold("error", "calls")
-    for arm in ARMS:
-        right.loglog(FEW, [statistics.mean(v) for v in error.by("calls", "error", arm=arm).values()], "o-", label=arm)
-    right.loglog(FEW, list(network["error"].values()), "o-", label="published")
+    for name, error in [*claim.notes["few"].items(), ("published", network["error"])]:
+        right.loglog(FEW, list(error.values()), "o-", label=name)
     left.set(xlabel="tolerance of dopri5", ylabel="network calls")
     right.set(xlabel="network calls of the midpoint method", ylabel="distance to dopri5 (RMS)")
     ticks(left.yaxis, (20, 50, 100, 200, 500))

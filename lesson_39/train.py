@@ -1,10 +1,9 @@
 """Train a flow on MNIST: regress the vector field of the conditional paths.
 
-    python train.py                                    the values of config.yaml: flow matching on the OT path
-    python train.py flow.path=vp                       on the diffusion path
-    python train.py flow.path=vp flow.objective=score  score matching, the paper's baseline
-    python train.py --resume                           go on after Ctrl-C or a crash
-    torchrun --nproc_per_node 2 train.py               several processes, one model
+    python train.py                       the values of config.yaml: flow matching on the OT path
+    python train.py flow.path=vp          on the diffusion path; score matching on it is an arm of reproduce.py
+    python train.py --resume              go on after Ctrl-C or a crash
+    torchrun --nproc_per_node 2 train.py  several processes, one model
 """
 
 import torch
