@@ -44,6 +44,7 @@ class Model:
     items: list = field(default_factory=list)
     names: dict = field(default_factory=dict)           # name: [Item]
     imports: dict = field(default_factory=dict)         # name: {(module, name or None, asname)} of libraries
+    rows: dict = field(default_factory=dict)            # name: row of that import
     lines: list = field(default_factory=list)           # (row, number of the origin, names) of `from earlier import`
     taken: dict = field(default_factory=dict)           # name: (number of the origin, row)
     bases: dict = field(default_factory=dict)           # the same of `import earlier`
@@ -148,6 +149,7 @@ def read_import(model, node, comments):
                 name, entry = alias.asname or alias.name, ("." * node.level + (node.module or ""), alias.name,
                                                            alias.asname)
             model.imports.setdefault(name, set()).add(entry)
+            model.rows[name] = node.lineno
 
 
 def check_shape(model, tree):
