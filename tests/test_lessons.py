@@ -1,10 +1,11 @@
-"""The contract of CONTRIBUTING.md, checked for every lesson that lessons.yaml calls ready.
+"""The contract of REFERENCE.md, checked for every lesson that lessons.yaml calls ready.
 
 What a lesson's mathematics must satisfy stands in its own test_lesson_NN.py. Who may import whom, copies and the
 table of what is new are checked by tools/lineage.py, the front page by test_tools_frontpage.py.
 """
 
 import ast
+import functools
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from conftest import load
-from tools import frontpage, notebook
+from tools import frontpage, lineage, notebook
 from utils import UserError
 from utils.config import OVERLAYS
 
@@ -71,6 +72,12 @@ def weights_file(folder):
     """The published weights: the lesson's own or, where config.yaml has sample.published, those of the lesson named."""
     named = yaml.safe_load(text(folder, "config.yaml"))["sample"].get("published")
     return (folder / (named or "results/weights.safetensors")).resolve()
+
+
+@functools.cache
+def house():
+    """Every definition of every lesson."""
+    return lineage.load(ROOT)
 
 
 def git(*arguments):
@@ -304,6 +311,13 @@ def test_every_key_has_a_comment(folder):
 @pytest.mark.parametrize("name", LINES)
 def test_length(folder, name):
     assert len(text(folder, name).splitlines()) <= LINES[name]
+
+
+def test_new_lines_of_code(folder, entry):
+    """What the paper adds can be read in one sitting; where it is more, the register says why."""
+    new = lineage.new_lines(house(), entry["folder"])
+    assert 0 < new <= NEW_LINES or len(entry.get("over", "").split()) > 3, f"{new} new lines of code in model.py"
+    assert new > NEW_LINES or "over" not in entry, f"{new} new lines: lessons.yaml needs no `over`"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
