@@ -14,10 +14,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from earlier import MLP, noise_like, wide  # lesson 01
 
-# ------------------------------------------------------------------ the process: Sections 3 and 4 of the paper
+
+# ------------------------------------------------------------------ the process: Sections 2 to 4 of the paper
+def langevin_step(x, score, alpha, z):
+    """One step of Langevin dynamics, Eq. (4) and Alg. 1, line 6: x + alpha / 2 score + sqrt(alpha) z. (B, ...).
+
+    The official code for images takes x + alpha score + sqrt(2 alpha) z: the same step with alpha twice as large.
+    """
+    return x + alpha / 2 * score + math.sqrt(alpha) * z
+
+
 class NCSN(nn.Module):
-    """The noise levels, denoising score matching, annealed Langevin dynamics. Holds no weights.
+    """The noise levels, denoising score matching, annealed Langevin dynamics (Sec. 4). Holds no weights.
 
     sigma_1, sigma_L  the largest and the smallest standard deviation of the noise
     levels            L, a geometric sequence from the one to the other
@@ -34,27 +44,22 @@ class NCSN(nn.Module):
         sigmas = torch.linspace(math.log(sigma_1), math.log(sigma_L), levels, dtype=torch.float64).exp()
         self.register_buffer("sigmas", sigmas, persistent=False)            # (L,), each ratio the same
 
-    # ------------------------------------------------------------------ noise
+    # ------------------------------------------------------------------ noise: Section 4.1
     def q_sample(self, x0, i, z):
-        """x_i ~ N(x_0, sigma_i^2 I) with the given noise. x0, z (B, ...) -> (B, ...)."""
+        """x_i ~ N(x_0, sigma_i^2 I) with the given noise, Sec. 4.1. x0, z (B, ...) -> (B, ...)."""
         return x0 + wide(self.sigmas[i], x0) * z
 
     def score(self, net, x, i):
-        """s_theta(x, sigma_i), the estimate of the gradient of log q_i(x). (B, ...)."""
+        """s_theta(x, sigma_i), Sec. 4.1, the network's estimate of the gradient of log q_i(x). (B, ...)."""
         return net(x, i)
 
     def denoised(self, x, score, i):
-        """E[x_0 | x_i] by Tweedie's formula, if this is the score. (B, ...)."""
+        """E[x_0 | x_i], if this is the score: Eq. (5) at its least, solved for x_0 (Tweedie's formula). (B, ...)."""
         return x + wide(self.sigmas[i] ** 2, x) * score
 
-    # ------------------------------------------------------------------ training
-    def loss(self, net, x0):
-        """One draw of the loss: noise each example to a level of its own. x0 (B, ...) -> scalar."""
-        i = torch.randint(self.levels, (len(x0),), device=x0.device)
-        return self.level_losses(net, x0, i, torch.randn_like(x0)).mean()                          # Eq. (6)
-
+    # ------------------------------------------------------------------ training: Section 4.2
     def level_losses(self, net, x0, i, z):
-        """lambda(sigma_i) l(theta; sigma_i), Eq. (5), with lambda = sigma_i^2. (B,).
+        """lambda(sigma_i) l(theta; sigma_i), Eq. (5), with lambda = sigma_i^2. x0, z (B, ...) -> (B,).
 
         sigma^2 1/2 |s + z / sigma|^2 is 1/2 |sigma s + z|^2: alike in size at all levels.
         Differs from the paper: divided by the number of pixels, so that an output of 0 has the loss 1/2.
@@ -62,7 +67,21 @@ class NCSN(nn.Module):
         score = self.score(net, self.q_sample(x0, i, z), i)
         return 0.5 * (wide(self.sigmas[i], x0) * score + z).square().flatten(1).mean(1)
 
-    # ------------------------------------------------------------------ sampling
+    def loss(self, net, x0):
+        """One draw of the loss, Eq. (6): noise each example to a level of its own. x0 (B, ...) -> scalar."""
+        i = torch.randint(self.levels, (len(x0),), device=x0.device)
+        return self.level_losses(net, x0, i, torch.randn_like(x0)).mean()
+
+    # ------------------------------------------------------------------ sampling: Section 4.3
+    def start(self, n, shape, generator=None):
+        """Where a chain begins, Alg. 1, line 1: noise of the largest level. (n, *shape).
+
+        Differs from the paper, which starts from uniform noise in [0, 1]: its mean of 0.5 is far from that of digits,
+        0.13. In the mean of 784 pixels noise of sigma_1 = 1 is noise of 1 / 28 only and hides no such difference; a
+        network of a few hundred steps drives such starts to white. (The published one does not: see README.)
+        """
+        return self.sigmas[0].item() * torch.randn(n, *shape, generator=generator).to(self.sigmas.device)
+
     def step_size(self, i, epsilon):
         """alpha_i = epsilon sigma_i^2 / sigma_L^2, Alg. 1, line 3. A number."""
         return epsilon * (self.sigmas[i] / self.sigmas[-1]).item() ** 2
@@ -73,7 +92,7 @@ class NCSN(nn.Module):
 
         steps        T, Langevin steps at each of the L noise levels: L T network calls in all
         epsilon      step size at the smallest noise level
-        known, mask  inpainting: where the mask is true, x is `known`, noised to the level (once a level)
+        known, mask  inpainting (Sec. 5): where the mask is true, x is `known`, noised to the level (once a level)
         """
         if steps < 1:
             raise ValueError(f"steps={steps} must be at least 1")
@@ -98,101 +117,27 @@ class NCSN(nn.Module):
         return x
 
     def inpaint(self, net, known, mask, steps=100, epsilon=2e-5, generator=None):
-        """Images (B, C, H, W) that agree with `known` where the mask (bool) is true."""
+        """Images (B, C, H, W) that agree with `known` where the mask (bool) is true (Sec. 5)."""
         start = self.start(len(known), known.shape[1:], generator)
         for _, x, _ in self.anneal(net, start, steps, epsilon, generator, known, mask):
             pass
         return torch.where(mask, known, x)
 
-    def start(self, n, shape, generator=None):
-        """Where a chain begins, Alg. 1, line 1: noise of the largest level. (n, *shape).
-
-        Differs from the paper, which starts from uniform noise in [0, 1]: its mean of 0.5 is far from that of digits,
-        0.13. In the mean of 784 pixels noise of sigma_1 = 1 is noise of 1 / 28 only and hides no such difference; a
-        network of a few hundred steps drives such starts to white. (The published one does not: see README.)
-        """
-        return self.sigmas[0].item() * torch.randn(n, *shape, generator=generator).to(self.sigmas.device)
-
-
-def langevin_step(x, score, alpha, z):
-    """One step of Langevin dynamics, Eq. (4) and Alg. 1, line 6: x + alpha / 2 score + sqrt(alpha) z.
-
-    The official code for images takes x + alpha score + sqrt(2 alpha) z: the same step with alpha twice as large.
-    """
-    return x + alpha / 2 * score + math.sqrt(alpha) * z
-
-
-# Copied from lesson_01/model.py: wide
-def wide(values, x):
-    """(B,) -> (B, 1, ...) in the precision of x, to multiply a batch x with."""
-    return values.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-
-
-# Copied from lesson_01/model.py: noise_like
-def noise_like(x, generator=None):
-    """Standard Gaussian noise. A CPU generator gives the same noise on every device."""
-    if generator is None:
-        return torch.randn_like(x)
-    return torch.randn(x.shape, generator=generator).to(x.device)
-
 
 def dequantise(x0):
-    """The loader's images in [-1, 1] -> [0, 1), every grey level spread evenly over its 1/256: a density exists."""
+    """The loader's images in [-1, 1] -> [0, 1) (Sec. 5), each grey level spread over its 1/256: a density exists."""
     grey = (x0 + 1) * 127.5                                                 # 0, 1, ..., 255
     return (grey + torch.rand_like(grey)) / 256
 
 
 def from_unit(x):
-    """Images of this lesson, in [0, 1] -> [-1, 1], as the rest of the course has them."""
+    """Images of this lesson, in [0, 1] (Sec. 5) -> [-1, 1], as the rest of the course has them."""
     return 2 * x - 1
 
 
 # ------------------------------------------------------------------ the network: Appendix A of the paper
-class ScoreNet(nn.Module):
-    """A small dilated U-Net with the paper's normalisation: stages down, then each map refined by the one below it.
-
-    levels     rows of gamma, alpha, beta in every normalisation (1: the network does not see the noise level)
-    channels   width of each stage
-    dilations  of each stage's convolutions; a stage with dilation 1, but for the first, halves the resolution
-    blocks     residual blocks a stage
-    patch      the image enters as patch x patch pixels a position (1: as in the paper)
-    """
-
-    def __init__(self, levels=10, channels=(64, 128, 128, 128), dilations=(1, 1, 2, 4), blocks=2, patch=1,
-                 image_channels=1):
-        super().__init__()
-        if len(channels) != len(dilations):
-            raise ValueError(f"channels={channels} and dilations={dilations} must name the same stages")
-        self.patch, c = patch, channels[0]
-        self.stem = conv(image_channels * patch ** 2, c)
-        self.stages, self.refine = nn.ModuleList(), nn.ModuleList()
-        for stage, (width, dilation) in enumerate(zip(channels, dilations)):
-            down = stage > 0 and dilation == 1
-            self.stages.append(nn.ModuleList([ResBlock(levels, c, width, dilation, down)]))
-            self.stages[-1].extend(ResBlock(levels, width, width, dilation) for _ in range(blocks - 1))
-            c = width
-        for width in reversed(channels[:-1]):
-            self.refine.append(Refine(levels, width, c))
-            c = width
-        self.norm, self.out = InstanceNormPlus(levels, c), conv(c, image_channels * patch ** 2)
-
-    def forward(self, x, i):
-        """x (B, C, H, W) in about [0, 1], i (B,) int -> the score, (B, C, H, W)."""
-        x = rearrange(2 * x - 1, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)
-        h, maps = self.stem(x), []
-        for stage in self.stages:
-            for block in stage:
-                h = block(h, i)
-            maps.append(h)
-        h = maps.pop()
-        for refine in self.refine:
-            h = refine(maps.pop(), h, i)
-        h = self.out(F.elu(self.norm(h, i)))
-        return rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
-
-
 class InstanceNormPlus(nn.Module):
-    """Conditional instance normalisation++: every noise level i has its own gamma, alpha, beta for each channel.
+    """Conditional instance normalisation++ (App. A): every noise level i has gamma, alpha, beta for each channel.
 
     gamma (h + alpha m) + beta: h is the map less its mean, over its deviation; m is that mean, less the mean of all
     channels' means and over their deviation. Without m, normalising would lose how bright a map was.
@@ -212,49 +157,100 @@ class InstanceNormPlus(nn.Module):
         return torch.addcmul(gamma * alpha * m + beta, gamma, F.instance_norm(x))
 
 
-class ResBlock(nn.Module):
-    """Normalisation, ELU, convolution, twice, beside a shortcut. down: half the resolution, by averaging 2 x 2."""
+def conv(c_in, c_out, dilation=1):
+    """A 3 x 3 convolution that keeps the resolution (App. A); its taps stand `dilation` positions apart."""
+    return nn.Conv2d(c_in, c_out, 3, padding=dilation, dilation=dilation)
 
-    def __init__(self, levels, c_in, c_out, dilation=1, down=False):
+
+class ResBlock(nn.Module):
+    """Normalisation, ELU, convolution, twice, beside a shortcut (App. A).
+
+    norm  gives the normalisation of a map with so many channels
+    down  half the resolution, by averaging 2 x 2
+    """
+
+    def __init__(self, norm, c_in, c_out, dilation=1, down=False):
         super().__init__()
-        self.norm1, self.conv1 = InstanceNormPlus(levels, c_in), conv(c_in, c_in, dilation)
-        self.norm2, self.conv2 = InstanceNormPlus(levels, c_in), conv(c_in, c_out, dilation)
+        self.norm1, self.conv1 = norm(c_in), conv(c_in, c_in, dilation)
+        self.norm2, self.conv2 = norm(c_in), conv(c_in, c_out, dilation)
         self.pool = nn.AvgPool2d(2) if down else nn.Identity()
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, i):
-        """(B, c_in, H, W) -> (B, c_out, H, W), or half as high and wide."""
+        """x (B, c_in, H, W), i (B,) int -> (B, c_out, H, W), or half as high and wide."""
         h = self.conv1(F.elu(self.norm1(x, i)))
         h = self.conv2(self.pool(F.elu(self.norm2(h, i))))
         return self.skip(self.pool(x)) + h
 
 
 class Refine(nn.Module):
-    """Fuse a stage's map with the refined map of the stage below it, which may be coarser; then a residual block."""
+    """Fuse a stage's map with the refined map of the stage below it, maybe coarser; then a residual block (App. A)."""
 
-    def __init__(self, levels, c_fine, c_coarse):
+    def __init__(self, norm, c_fine, c_coarse):
         super().__init__()
-        self.norm_fine, self.fine = InstanceNormPlus(levels, c_fine), conv(c_fine, c_fine)
-        self.norm_coarse, self.coarse = InstanceNormPlus(levels, c_coarse), conv(c_coarse, c_fine)
-        self.block = ResBlock(levels, c_fine, c_fine)
+        self.norm_fine, self.fine = norm(c_fine), conv(c_fine, c_fine)
+        self.norm_coarse, self.coarse = norm(c_coarse), conv(c_coarse, c_fine)
+        self.block = ResBlock(norm, c_fine, c_fine)
 
     def forward(self, fine, coarse, i):
-        """fine (B, c_fine, H, W), coarse (B, c_coarse, H', W') -> (B, c_fine, H, W)."""
+        """fine (B, c_fine, H, W), coarse (B, c_coarse, H', W'), i (B,) int -> (B, c_fine, H, W)."""
         h, up = self.fine(self.norm_fine(fine, i)), self.coarse(self.norm_coarse(coarse, i))
         if up.shape != h.shape:
             up = F.interpolate(up, h.shape[2:], mode="bilinear", align_corners=True)
         return self.block(h + up, i)
 
 
-def conv(c_in, c_out, dilation=1):
-    """A 3 x 3 convolution that keeps the resolution."""
-    return nn.Conv2d(c_in, c_out, 3, padding=dilation, dilation=dilation)
+class ScoreNet(nn.Module):
+    """A small dilated U-Net with the paper's normalisation: down, then each map refined by the one below (App. A).
+
+    levels     rows of gamma, alpha, beta in every normalisation
+    channels   width of each stage
+    dilations  of each stage's convolutions; a stage with dilation 1, but for the first, halves the resolution
+    blocks     residual blocks a stage
+    patch      the image enters as patch x patch pixels a position (1: as in the paper)
+    """
+
+    def __init__(self, levels=10, channels=(64, 128, 128, 128), dilations=(1, 1, 2, 4), blocks=2, patch=1,
+                 image_channels=1):
+        super().__init__()
+        if len(channels) != len(dilations):
+            raise ValueError(f"channels={channels} and dilations={dilations} must name the same stages")
+        self.levels, self.patch, c = levels, patch, channels[0]
+        self.stem = conv(image_channels * patch ** 2, c)
+        self.stages, self.refine = nn.ModuleList(), nn.ModuleList()
+        for stage, (width, dilation) in enumerate(zip(channels, dilations)):
+            down = stage > 0 and dilation == 1
+            self.stages.append(nn.ModuleList([ResBlock(self.normalised, c, width, dilation, down)]))
+            self.stages[-1].extend(ResBlock(self.normalised, width, width, dilation) for _ in range(blocks - 1))
+            c = width
+        for width in reversed(channels[:-1]):
+            self.refine.append(Refine(self.normalised, width, c))
+            c = width
+        self.norm, self.out = self.normalised(c), conv(c, image_channels * patch ** 2)
+
+    def normalised(self, channels):
+        """The normalisation of a map with so many channels (App. A)."""
+        return InstanceNormPlus(self.levels, channels)
+
+    def forward(self, x, i):
+        """x (B, C, H, W) in about [0, 1], i (B,) int -> the score, (B, C, H, W)."""
+        x = rearrange(2 * x - 1, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)
+        h, maps = self.stem(x), []
+        for stage in self.stages:
+            for block in stage:
+                h = block(h, i)
+            maps.append(h)
+        h = maps.pop()
+        for refine in self.refine:
+            h = refine(maps.pop(), h, i)
+        h = self.out(F.elu(self.norm(h, i)))
+        return rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
 
 
 # ------------------------------------------------------------------ points in the plane, of which everything is known
 # Adapted from lesson_01/model.py: Mixture -- noise is added without shrinking the data, and the answer is the score
 class Mixture(nn.Module):
-    """K Gaussians N(mean_k, std^2 I) with weights w_k. Called like a network, it returns the exact score of q_i.
+    """K Gaussians N(mean_k, std^2 I) (Sec. 3.2). Called like a network, it returns the exact score of q_i.
 
     ncsn   the process that noises the data
     means  (K, D); weights (K,)
@@ -268,22 +264,22 @@ class Mixture(nn.Module):
         self.register_buffer("weights", torch.as_tensor(weights, dtype=torch.float64), persistent=False)
 
     def draw(self, n, generator=None):
-        """n data points, (n, D)."""
+        """n data points of the mixture of Sec. 3.2, (n, D)."""
         means = self.means[torch.multinomial(self.weights, n, replacement=True, generator=generator)].float()
         return means + self.std * noise_like(means, generator)
 
     def variance(self, i):
-        """Of each Gaussian at the level i: the data's own and the noise. (B, 1)."""
+        """Of each Gaussian at the level i (Sec. 4.1): the data's own and the noise. (B, 1)."""
         return (self.std ** 2 + self.sigmas[i] ** 2)[:, None]
 
     def log_joint(self, x, i):
-        """log of w_k N(x; mean_k, variance): x together with the Gaussian it came from. (B, K)."""
+        """log of w_k N(x; mean_k, variance), Sec. 4.1: x together with the Gaussian it came from. (B, K)."""
         distance2 = torch.cdist(x.double(), self.means, compute_mode="donot_use_mm_for_euclid_dist").square()
         normal = -distance2 / (2 * self.variance(i)) - x.shape[1] / 2 * (2 * math.pi * self.variance(i)).log()
         return self.weights.log() + normal
 
     def log_q(self, x, i):
-        """log q_i(x), the density of the noised data. (B,) float64."""
+        """log q_i(x), the density of the noised data (Sec. 4.1). (B,) float64."""
         return self.log_joint(x, i).logsumexp(1)
 
     def forward(self, x, i):
@@ -293,47 +289,5 @@ class Mixture(nn.Module):
 
 
 def two_clouds(ncsn, weight=0.8):
-    """A large cloud at (5, 5) and a small one at (-5, -5), each with deviation 1: between them lies almost nothing."""
+    """A large cloud at (5, 5), a small one at (-5, -5), deviation 1 (Sec. 3.2): between them lies almost nothing."""
     return Mixture(ncsn, [[5.0, 5.0], [-5.0, -5.0]], [weight, 1 - weight])
-
-
-# Copied from lesson_01/model.py: MLP
-class MLP(nn.Module):
-    """Fully connected layers with shortcuts; the time scales and shifts what enters each. No convolution, no U-Net.
-
-    shape  of one data point: (2,) or (1, 28, 28)
-    width  of the hidden layers; depth: how many of them
-    """
-
-    def __init__(self, shape=(2,), width=128, depth=3):
-        super().__init__()
-        size = math.prod(shape)
-        self.stem, self.out = nn.Linear(size, width), nn.Linear(width, size)
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.times = nn.ModuleList(nn.Linear(TIME, 2 * width) for _ in range(depth + 1))
-
-    def forward(self, x, t):
-        """x (B, ...), t (B,) int -> the prediction, (B, ...)."""
-        emb = time_embedding(t, TIME)
-        h = self.stem(x.flatten(1))                                                                # (B, width)
-        for layer, time in zip(self.layers, self.times):
-            h = h + layer(at_time(h, time(emb)))
-        return self.out(at_time(h, self.times[-1](emb))).reshape(x.shape)
-
-
-# Copied from lesson_01/model.py: at_time
-def at_time(h, scale_and_shift):
-    """Hidden values h (B, width), scaled and shifted as the time asks, through the nonlinearity."""
-    scale, shift = scale_and_shift.chunk(2, dim=1)
-    return F.silu(h * (1 + scale) + shift)
-
-
-TIME = 32                                                   # numbers that tell the network the time
-
-
-# Copied from lesson_01/model.py: time_embedding
-def time_embedding(t, dim):
-    """Sines, then cosines, of t at dim / 2 frequencies from 1 down to 1/10000. (B,) -> (B, dim)."""
-    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - 1))
-    angle = t.float()[:, None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
