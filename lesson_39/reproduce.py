@@ -26,7 +26,6 @@ from utils import (
     Weights,
     cli,
     digits,
-    dots,
     fid_to_test,
     figure,
     floor,
@@ -166,8 +165,12 @@ def plot(claim, path):
     fig, (left, middle, right) = figure(1, 3, width=4.2)
     lines(left, claim.rows.unfold("calls_by_tolerance", "tolerance"), "tolerance", "calls_by_tolerance")
     left.set(xscale="log", yscale="log", xlabel="tolerance of dopri5", ylabel="network calls", title="(a) calls")
-    dots(middle, claim.rows, "bits")
-    middle.set(ylabel="bits/dim", title="(b) likelihood")
+    for i, arm in enumerate(ARMS):
+        values, error = (claim.rows.values(key, arm=arm) for key in ("bits", "bits_error"))
+        places = [i + 0.1 * seed for seed in range(len(values))]
+        middle.errorbar(places, values, error, fmt="o", color=f"C{i}", ms=4, capsize=3)
+    middle.set(xticks=[0.1, 1.1, 2.1], xticklabels=list(ARMS), ylabel="bits/dim", title="(b) likelihood")
+    middle.grid(alpha=0.3)
     lines(right, claim.rows.unfold("fid", "steps"), "steps", "fid")
     right.axhline(claim.notes["floor"], color="grey", ls=":", lw=1)
     right.set(yscale="log", xlabel="training steps", ylabel=f"FID (n = {claim.cfg.n}; dotted: floor)", title="(c) FID")

@@ -91,9 +91,11 @@ def test_a_table_in_a_row_unfolds():
 
 
 def test_rows_as_text():
-    assert rows().table()[0].split() == "new, steps 5 fid 3.100 +- 0.100".split()
+    assert rows().table()[0].split() == "new, steps 5 fid 3.1 +- 0.1".split()
     assert rows().line(rows()[1]).split() == "new, seed 2, steps 10 fid 2.2".split()
-    assert claims.mean_std([1.0]) == "1.000" and claims.mean_std([1.0, INF], 1) == "inf +- inf"
+    assert claims.mean_std([1.0]) == "1" and claims.mean_std([1.0, INF], 1) == "inf +- inf"
+    assert claims.mean_std([0.00112, 0.00112, 0.00113], 2) == "0.00 +- 0.00"
+    assert claims.mean_std([0.00112, 0.00112, 0.00113]) == "0.001123 +- 5.8e-06"
 
 
 # ------------------------------------------------------------------ a small lesson, and what its claim does
@@ -235,7 +237,7 @@ def test_a_claim_from_arms_to_json(small, capsys):
     assert "(a) reproduced: down is below up" in printed and "the paper: -1 against 1" in printed
     assert [line.split() for line in printed.splitlines() if line.startswith("up, seed 1")][0][:5] == [
         "up,", "seed", "1", "w", "0.36111"]                                        # as it arrives
-    assert any(line.split()[:5] == ["up", "w", "0.361", "+-", "0.001"] for line in printed.splitlines())
+    assert any(line.split()[:5] == ["up", "w", "0.3611", "+-", "0.001"] for line in printed.splitlines())
 
 
 def test_arms_are_reused_and_one_whose_class_changed_is_trained_anew(small):

@@ -290,10 +290,10 @@ def pooled(*arms):
     return math.sqrt(statistics.mean(deviation(arm) ** 2 for arm in arms))
 
 
-def mean_std(values, digits=3):
-    """"1.234 +- 0.056", over the seeds; of a single value the value."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} +- {deviation(values):.{digits}f}" if len(values) > 1 else mean
+def mean_std(values, digits=None):
+    """"1.234 +- 0.056" over the seeds, with this many digits after the point; of a single value the value."""
+    numbers = [statistics.mean(values)] + [deviation(values)] * (len(values) > 1)
+    return " +- ".join(f"{x:.{4 - 2 * i}g}" if digits is None else f"{x:.{digits}f}" for i, x in enumerate(numbers))
 
 
 def seeded(seed):
