@@ -11,11 +11,19 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
+
+import earlier  # lesson 03: ScoreNet
+from earlier import NCSN, dequantise, from_unit  # lesson 03
+from earlier import wide  # lesson 01
 
 
 # ------------------------------------------------------------------ Techniques 1, 2 and 4: each number computed
+def to_unit(x):
+    """Images in [-1, 1] -> [0, 1], the range of Technique 1, as they are: `dequantise` would add chance."""
+    return (x + 1) / 2
+
+
 def max_distance(x, block=1000):
     """Technique 1: sigma_1 is the largest Euclidean distance between two images. x (N, C, H, W) in [0, 1] -> float.
 
@@ -36,14 +44,27 @@ def max_distance(x, block=1000):
     return float(best.sqrt())
 
 
+def normal_cdf(x):
+    """Phi(x), the mass of a unit Gaussian below x, for Technique 2. A number."""
+    return math.erfc(-x / math.sqrt(2)) / 2
+
+
 def overlap(gamma, dim):
-    """What Technique 2 sets to 0.5: how much of level i lies where level i - 1 has its samples.
+    """What Technique 2 sets to 0.5: how much of level i lies where level i - 1 has its samples. A number.
 
     In `dim` dimensions the radius of N(0, sigma^2 I) is close to N(sqrt(dim) sigma, sigma^2 / 2): a thin shell. This
     is the mass of shell i within three deviations of shell i - 1, for gamma = sigma_{i-1} / sigma_i.
     """
     distance = math.sqrt(2 * dim) * (gamma - 1)
     return normal_cdf(distance + 3 * gamma) - normal_cdf(distance - 3 * gamma)
+
+
+def bisect(function, low, high):
+    """The zero of a function that falls from above to below 0 between low and high, to solve Technique 2 with."""
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) > 0 else (low, middle)
+    return low
 
 
 def spacing(dim, mass=0.5):
@@ -54,7 +75,7 @@ def spacing(dim, mass=0.5):
 
 
 def noise_levels(sigma_1, sigma_L, gamma):
-    """The geometric sequence from sigma_1 to sigma_L whose ratio comes closest to gamma. (L,) float64."""
+    """Technique 2: the geometric sequence from sigma_1 to sigma_L whose ratio comes closest to gamma. (L,) float64."""
     if not 0 < sigma_L < sigma_1:
         raise ValueError(f"sigma_L={sigma_L} must be above 0 and below sigma_1={sigma_1}")
     count = max(2, round(1 + math.log(sigma_1 / sigma_L) / math.log(gamma)))
@@ -62,7 +83,7 @@ def noise_levels(sigma_1, sigma_L, gamma):
 
 
 def variance_ratio(epsilon, sigma_L, gamma, T):
-    """Variance after T Langevin steps at level i, in units of sigma_i^2, if it was sigma_{i-1}^2 before them.
+    """Variance after T Langevin steps at level i, in units of sigma_i^2, if it was sigma_{i-1}^2 before (Technique 4).
 
     For data that is a single point, so that the score is -x / sigma_i^2. It does not depend on i.
     """
@@ -86,24 +107,12 @@ def solve_step_size(sigma_L, gamma, T):
     return (low + high) / 2
 
 
-def normal_cdf(x):
-    """Phi(x)."""
-    return math.erfc(-x / math.sqrt(2)) / 2
-
-
-def bisect(function, low, high):
-    """The zero of a function that falls from above to below 0 between low and high."""
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) > 0 else (low, middle)
-    return low
-
-
 # ------------------------------------------------------------------ the process
-# Adapted from lesson_03/model.py: NCSN -- levels and step size follow from sigma_1 (Techniques 1, 2, 4); the score is
-#   the output over sigma (Technique 3); a last denoising step; no inpainting
-class NCSNv2(nn.Module):
-    """The noise levels, denoising score matching, annealed Langevin dynamics. Holds no weights.
+class NCSNv2(NCSN):
+    """The noise levels, denoising score matching, annealed Langevin dynamics (Sec. 3 and 4). Holds no weights.
+
+    Lesson 03's process, whose levels and step size follow from sigma_1 (Techniques 1, 2, 4), with a network that is
+    not told the level (Technique 3) and a last denoising step.
 
     sigma_1  the largest noise: `max_distance` of the training images (Technique 1)
     sigma_L  the smallest, which the eye does not see
@@ -111,167 +120,50 @@ class NCSNv2(nn.Module):
     """
 
     def __init__(self, sigma_1, sigma_L=0.01, dim=784):
-        super().__init__()
-        self.register_buffer("sigmas", noise_levels(sigma_1, sigma_L, spacing(dim)), persistent=False)         # (L,)
-        self.levels, self.gamma = len(self.sigmas), float(self.sigmas[0] / self.sigmas[1])
+        sigmas = noise_levels(sigma_1, sigma_L, spacing(dim))               # (L,)
+        super().__init__(sigma_1, sigma_L, len(sigmas))
+        self.sigmas, self.gamma = sigmas, float(sigmas[0] / sigmas[1])
 
-    # ------------------------------------------------------------------ noise
-    # Copied from lesson_03/model.py: NCSN.q_sample
-    def q_sample(self, x0, i, z):
-        """x_i ~ N(x_0, sigma_i^2 I) with the given noise. x0, z (B, ...) -> (B, ...)."""
-        return x0 + wide(self.sigmas[i], x0) * z
-
-    # Adapted from lesson_03/model.py: NCSN.score -- Technique 3: the network does not see i, the division tells it
     def score(self, net, x, i):
-        """s_theta(x, sigma_i) = s_theta(x) / sigma_i, the estimate of the gradient of log q_i(x). (B, ...)."""
+        """Technique 3: s_theta(x, sigma_i) = s_theta(x) / sigma_i, the estimate of the score of level i. (B, ...).
+
+        The network does not see i: the division tells it. In the loss it cancels: 1/2 |sigma s + z|^2 is
+        1/2 |s_theta(x) + z|^2.
+        """
         return net(x) / wide(self.sigmas[i], x)
 
-    # Copied from lesson_03/model.py: NCSN.denoised
-    def denoised(self, x, score, i):
-        """E[x_0 | x_i] by Tweedie's formula, if this is the score. (B, ...)."""
-        return x + wide(self.sigmas[i] ** 2, x) * score
-
-    # ------------------------------------------------------------------ training
-    # Copied from lesson_03/model.py: NCSN.loss
-    def loss(self, net, x0):
-        """One draw of the loss: noise each example to a level of its own. x0 (B, ...) -> scalar."""
-        i = torch.randint(self.levels, (len(x0),), device=x0.device)
-        return self.level_losses(net, x0, i, torch.randn_like(x0)).mean()
-
-    # Copied from lesson_03/model.py: NCSN.level_losses
-    def level_losses(self, net, x0, i, z):
-        """1/2 |sigma s + z|^2, the same at every level for an output of 0: 1/2 a pixel. (B,)."""
-        score = self.score(net, self.q_sample(x0, i, z), i)
-        return 0.5 * (wide(self.sigmas[i], x0) * score + z).square().flatten(1).mean(1)
-
-    # ------------------------------------------------------------------ sampling
-    # Adapted from lesson_03/model.py: NCSN.anneal -- the step size is solved for; no inpainting
-    @torch.no_grad()
     def anneal(self, net, x, steps=3, generator=None):
-        """Annealed Langevin dynamics from the start x. Yields (i, x, estimate of x_0) after every step.
+        """Algorithm 1 from the start x. Yields (i, x, estimate of x_0) after every step.
 
-        steps  T, Langevin steps at each of the L levels; Technique 4 finds the step size that goes with it
+        Its step is x + alpha score + sqrt(2 alpha) z, which is lesson 03's with an alpha twice as large.
+        steps: T, Langevin steps at each of the L levels; Technique 4 finds the step size that goes with it
         """
-        if steps < 1:
-            raise ValueError(f"steps={steps} must be at least 1")
-        sigma_L = self.sigmas[-1].item()
-        epsilon = solve_step_size(sigma_L, self.gamma, steps)
-        for level in range(self.levels):
-            alpha = epsilon * (self.sigmas[level].item() / sigma_L) ** 2
-            i = torch.full((len(x),), level, device=x.device)
-            for _ in range(steps):
-                score = self.score(net, x, i)
-                x0 = self.denoised(x, score, i)
-                x = langevin_step(x, score, alpha, noise_like(x, generator))
-                yield level, x, x0
+        epsilon = solve_step_size(self.sigmas[-1].item(), self.gamma, steps)
+        return super().anneal(net, x, steps, 2 * epsilon, generator)
 
-    # Adapted from lesson_03/model.py: NCSN.sample -- a last denoising step
     @torch.no_grad()
+    def last_step(self, net, x):
+        """x + sigma_L^2 s(x, sigma_L), the end of Alg. 1: takes off the noise of the last level. (B, ...).
+
+        Langevin dynamics leaves that noise in.
+        """
+        i = torch.full((len(x),), self.levels - 1, device=x.device)
+        return self.denoised(x, self.score(net, x, i), i)
+
     def sample(self, net, n, steps=3, shape=(1, 28, 28), denoise=True, generator=None):
-        """n images from noise of the largest level, (n, C, H, W) in about [0, 1]: L T network calls, one to denoise."""
+        """n images drawn with Algorithm 1, (n, C, H, W) in about [0, 1]: L T network calls, and one to denoise.
+
+        The start is lesson 03's, noise of the largest level. Differs from the paper, which starts from uniform noise
+        in [0, 1]: with sigma_1 from the data either is forgotten.
+        """
         for _, x, _ in self.anneal(net, self.start(n, shape, generator), steps, generator):
             pass
         return self.last_step(net, x) if denoise else x
 
-    @torch.no_grad()
-    def last_step(self, net, x):
-        """x + sigma_L^2 s(x, sigma_L): takes off the noise of the last level, which Langevin dynamics leaves in."""
-        i = torch.full((len(x),), self.levels - 1, device=x.device)
-        return self.denoised(x, self.score(net, x, i), i)
-
-    # Copied from lesson_03/model.py: NCSN.start
-    def start(self, n, shape, generator=None):
-        """Where a chain begins, Alg. 1, line 1: noise of the largest level. (n, *shape).
-
-        Differs from the paper, which starts from uniform noise in [0, 1]. With sigma_1 from the data either start is
-        forgotten; noise of sigma_1 = 1 does not hide a mean of 0.5, and that of digits is 0.13.
-        """
-        return self.sigmas[0].item() * torch.randn(n, *shape, generator=generator).to(self.sigmas.device)
-
-
-# Adapted from lesson_03/model.py: langevin_step -- alpha and sqrt(2 alpha): what Technique 4 is solved for
-def langevin_step(x, score, alpha, z):
-    """One step of Langevin dynamics: x + alpha score + sqrt(2 alpha) z. Lesson 03's alpha is twice this one."""
-    return x + alpha * score + math.sqrt(2 * alpha) * z
-
-
-# Copied from lesson_01/model.py: wide
-def wide(values, x):
-    """(B,) -> (B, 1, ...) in the precision of x, to multiply a batch x with."""
-    return values.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-
-
-# Copied from lesson_01/model.py: noise_like
-def noise_like(x, generator=None):
-    """Standard Gaussian noise. A CPU generator gives the same noise on every device."""
-    if generator is None:
-        return torch.randn_like(x)
-    return torch.randn(x.shape, generator=generator).to(x.device)
-
-
-# Copied from lesson_03/model.py: dequantise
-def dequantise(x0):
-    """The loader's images in [-1, 1] -> [0, 1), every grey level spread evenly over its 1/256: a density exists."""
-    grey = (x0 + 1) * 127.5                                                 # 0, 1, ..., 255
-    return (grey + torch.rand_like(grey)) / 256
-
-
-def to_unit(x):
-    """Images in [-1, 1] -> [0, 1], as they are: for measurements, where `dequantise` would add chance."""
-    return (x + 1) / 2
-
-
-# Copied from lesson_03/model.py: from_unit
-def from_unit(x):
-    """Images of this lesson, in [0, 1] -> [-1, 1], as the rest of the course has them."""
-    return 2 * x - 1
-
 
 # ------------------------------------------------------------------ the network
-# Adapted from lesson_03/model.py: ScoreNet -- unconditional: the network is not told the noise level (Technique 3)
-class ScoreNet(nn.Module):
-    """A small dilated U-Net with instance normalisation++: stages down, then each map refined by the one below it.
-
-    channels   width of each stage
-    dilations  of each stage's convolutions; a stage with dilation 1, but for the first, halves the resolution
-    blocks     residual blocks a stage
-    patch      the image enters as patch x patch pixels a position (1: as in the paper)
-    """
-
-    def __init__(self, channels=(64, 128, 128, 128), dilations=(1, 1, 2, 4), blocks=2, patch=1, image_channels=1):
-        super().__init__()
-        if len(channels) != len(dilations):
-            raise ValueError(f"channels={channels} and dilations={dilations} must name the same stages")
-        self.patch, c = patch, channels[0]
-        self.stem = conv(image_channels * patch ** 2, c)
-        self.stages, self.refine = nn.ModuleList(), nn.ModuleList()
-        for stage, (width, dilation) in enumerate(zip(channels, dilations)):
-            down = stage > 0 and dilation == 1
-            self.stages.append(nn.Sequential(ResBlock(c, width, dilation, down)))
-            self.stages[-1].extend(ResBlock(width, width, dilation) for _ in range(blocks - 1))
-            c = width
-        for width in reversed(channels[:-1]):
-            self.refine.append(Refine(width, c))
-            c = width
-        self.norm, self.out = InstanceNormPlus(c), conv(c, image_channels * patch ** 2)
-
-    def forward(self, x):
-        """x (B, C, H, W), in [0, 1] before the noise -> the score times sigma, (B, C, H, W)."""
-        x = rearrange(2 * x - 1, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)
-        h, maps = self.stem(x), []
-        for stage in self.stages:
-            h = stage(h)
-            maps.append(h)
-        h = maps.pop()
-        for refine in self.refine:
-            h = refine(maps.pop(), h)
-        h = self.out(F.elu(self.norm(h)))
-        return rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
-
-
-# Adapted from lesson_03/model.py: InstanceNormPlus -- unconditional, and m is measured by the deviation of the maps
-class InstanceNormPlus(nn.Module):
-    """Instance normalisation++: gamma (h + alpha m) + beta, with gamma, alpha, beta of its own for each channel.
+class UnconditionalNormPlus(nn.Module):
+    """Instance normalisation++ without a level (Technique 3): gamma (h + alpha m) + beta, of its own for each channel.
 
     h is the map less its mean, over its deviation; m is that mean, less the mean of all channels' means. Without m,
     normalising would lose how bright a map was.
@@ -285,8 +177,8 @@ class InstanceNormPlus(nn.Module):
         nn.init.normal_(self.embed[:2], 1, 0.02)                            # gamma, alpha, as in the official code
         nn.init.zeros_(self.embed[2:])                                      # beta
 
-    def forward(self, x):
-        """(B, C, H, W) -> (B, C, H, W). Statistics of each image alone, in training as in sampling."""
+    def forward(self, x, i):
+        """x (B, C, H, W) -> (B, C, H, W); i is not used. Statistics of each image alone, in training as in sampling."""
         gamma, alpha, beta = self.embed                                                            # (C, 1, 1) each
         mean = x.mean(dim=(2, 3), keepdim=True)                                                    # (B, C, 1, 1)
         variance = x.square().mean(dim=(1, 2, 3), keepdim=True) - mean.square().mean(1, keepdim=True)
@@ -294,43 +186,19 @@ class InstanceNormPlus(nn.Module):
         return torch.addcmul(gamma * alpha * m + beta, gamma, F.instance_norm(x))
 
 
-# Adapted from lesson_03/model.py: ResBlock -- unconditional
-class ResBlock(nn.Module):
-    """Normalisation, ELU, convolution, twice, beside a shortcut. down: half the resolution, by averaging 2 x 2."""
+class ScoreNet(earlier.ScoreNet):
+    """Lesson 03's network, which is not told the noise level (Technique 3): the same for all of them.
 
-    def __init__(self, c_in, c_out, dilation=1, down=False):
-        super().__init__()
-        self.norm1, self.conv1 = InstanceNormPlus(c_in), conv(c_in, c_in, dilation)
-        self.norm2, self.conv2 = InstanceNormPlus(c_in), conv(c_in, c_out, dilation)
-        self.pool = nn.AvgPool2d(2) if down else nn.Identity()
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+    channels, dilations, blocks, patch: as in lesson 03
+    """
+
+    def __init__(self, **scorenet):
+        super().__init__(levels=1, **scorenet)
+
+    def normalised(self, channels):
+        """The normalisation of a map with so many channels (Technique 3)."""
+        return UnconditionalNormPlus(channels)
 
     def forward(self, x):
-        """(B, c_in, H, W) -> (B, c_out, H, W), or half as high and wide."""
-        h = self.conv1(F.elu(self.norm1(x)))
-        h = self.conv2(self.pool(F.elu(self.norm2(h))))
-        return self.skip(self.pool(x)) + h
-
-
-# Adapted from lesson_03/model.py: Refine -- unconditional
-class Refine(nn.Module):
-    """Fuse a stage's map with the refined map of the stage below it, which may be coarser; then a residual block."""
-
-    def __init__(self, c_fine, c_coarse):
-        super().__init__()
-        self.norm_fine, self.fine = InstanceNormPlus(c_fine), conv(c_fine, c_fine)
-        self.norm_coarse, self.coarse = InstanceNormPlus(c_coarse), conv(c_coarse, c_fine)
-        self.block = ResBlock(c_fine, c_fine)
-
-    def forward(self, fine, coarse):
-        """fine (B, c_fine, H, W), coarse (B, c_coarse, H', W') -> (B, c_fine, H, W)."""
-        h, up = self.fine(self.norm_fine(fine)), self.coarse(self.norm_coarse(coarse))
-        if up.shape != h.shape:
-            up = F.interpolate(up, h.shape[2:], mode="bilinear", align_corners=True)
-        return self.block(h + up)
-
-
-# Copied from lesson_03/model.py: conv
-def conv(c_in, c_out, dilation=1):
-    """A 3 x 3 convolution that keeps the resolution."""
-    return nn.Conv2d(c_in, c_out, 3, padding=dilation, dilation=dilation)
+        """x (B, C, H, W), in [0, 1] before the noise -> the score times sigma, (B, C, H, W)."""
+        return super().forward(x, None)

@@ -1,0 +1,266 @@
+"""What lesson 04 takes from earlier lessons, word for word.
+
+Written by `python -m tools.lineage sync` from the import lines of model.py. Do not edit it: change a definition
+where it stands, in the file named above it, and run the command again.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+
+# lesson_01/model.py
+def wide(values, x):
+    """One number for each element of a batch x, to multiply it with, as in DDPM, Eq. (4). (B,) -> (B, 1, ...).
+
+    The schedule is kept in float64; what comes out has the precision of x.
+    """
+    return values.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+# lesson_01/model.py
+def noise_like(x, generator=None):
+    """Standard Gaussian noise, the eps of DDPM, Eq. (4), as large as x. A CPU generator gives the same everywhere."""
+    if generator is None:
+        return torch.randn_like(x)
+    return torch.randn(x.shape, generator=generator).to(x.device)
+
+
+# lesson_03/model.py
+def langevin_step(x, score, alpha, z):
+    """One step of Langevin dynamics, Eq. (4) and Alg. 1, line 6: x + alpha / 2 score + sqrt(alpha) z. (B, ...).
+
+    The official code for images takes x + alpha score + sqrt(2 alpha) z: the same step with alpha twice as large.
+    """
+    return x + alpha / 2 * score + math.sqrt(alpha) * z
+
+
+# lesson_03/model.py
+class NCSN(nn.Module):
+    """The noise levels, denoising score matching, annealed Langevin dynamics (Sec. 4). Holds no weights.
+
+    sigma_1, sigma_L  the largest and the smallest standard deviation of the noise
+    levels            L, a geometric sequence from the one to the other
+    """
+
+    def __init__(self, sigma_1=1.0, sigma_L=0.01, levels=10):
+        super().__init__()
+        if levels < 1 or not 0 < sigma_L <= sigma_1:
+            raise ValueError(f"levels={levels} must be at least 1, and sigma_L={sigma_L} above 0 and not above "
+                             f"sigma_1={sigma_1}")
+        if levels == 1 and sigma_1 != sigma_L:
+            raise ValueError(f"a single level has a single sigma: sigma_1={sigma_1} must equal sigma_L={sigma_L}")
+        self.levels = levels
+        sigmas = torch.linspace(math.log(sigma_1), math.log(sigma_L), levels, dtype=torch.float64).exp()
+        self.register_buffer("sigmas", sigmas, persistent=False)            # (L,), each ratio the same
+
+    # ------------------------------------------------------------------ noise: Section 4.1
+    def q_sample(self, x0, i, z):
+        """x_i ~ N(x_0, sigma_i^2 I) with the given noise, Sec. 4.1. x0, z (B, ...) -> (B, ...)."""
+        return x0 + wide(self.sigmas[i], x0) * z
+
+    def score(self, net, x, i):
+        """s_theta(x, sigma_i), Sec. 4.1, the network's estimate of the gradient of log q_i(x). (B, ...)."""
+        return net(x, i)
+
+    def denoised(self, x, score, i):
+        """E[x_0 | x_i], if this is the score: Eq. (5) at its least, solved for x_0 (Tweedie's formula). (B, ...)."""
+        return x + wide(self.sigmas[i] ** 2, x) * score
+
+    # ------------------------------------------------------------------ training: Section 4.2
+    def level_losses(self, net, x0, i, z):
+        """lambda(sigma_i) l(theta; sigma_i), Eq. (5), with lambda = sigma_i^2. x0, z (B, ...) -> (B,).
+
+        sigma^2 1/2 |s + z / sigma|^2 is 1/2 |sigma s + z|^2: alike in size at all levels.
+        Differs from the paper: divided by the number of pixels, so that an output of 0 has the loss 1/2.
+        """
+        score = self.score(net, self.q_sample(x0, i, z), i)
+        return 0.5 * (wide(self.sigmas[i], x0) * score + z).square().flatten(1).mean(1)
+
+    def loss(self, net, x0):
+        """One draw of the loss, Eq. (6): noise each example to a level of its own. x0 (B, ...) -> scalar."""
+        i = torch.randint(self.levels, (len(x0),), device=x0.device)
+        return self.level_losses(net, x0, i, torch.randn_like(x0)).mean()
+
+    # ------------------------------------------------------------------ sampling: Section 4.3
+    def start(self, n, shape, generator=None):
+        """Where a chain begins, Alg. 1, line 1: noise of the largest level. (n, *shape).
+
+        Differs from the paper, which starts from uniform noise in [0, 1]: its mean of 0.5 is far from that of digits,
+        0.13. In the mean of 784 pixels noise of sigma_1 = 1 is noise of 1 / 28 only and hides no such difference; a
+        network of a few hundred steps drives such starts to white. (The published one does not: see README.)
+        """
+        return self.sigmas[0].item() * torch.randn(n, *shape, generator=generator).to(self.sigmas.device)
+
+    def step_size(self, i, epsilon):
+        """alpha_i = epsilon sigma_i^2 / sigma_L^2, Alg. 1, line 3. A number."""
+        return epsilon * (self.sigmas[i] / self.sigmas[-1]).item() ** 2
+
+    @torch.no_grad()
+    def anneal(self, net, x, steps=100, epsilon=2e-5, generator=None, known=None, mask=None):
+        """Algorithm 1 from the start x. Yields (i, x, estimate of x_0) after every step; the last x is the sample.
+
+        steps        T, Langevin steps at each of the L noise levels: L T network calls in all
+        epsilon      step size at the smallest noise level
+        known, mask  inpainting (Sec. 5): where the mask is true, x is `known`, noised to the level (once a level)
+        """
+        if steps < 1:
+            raise ValueError(f"steps={steps} must be at least 1")
+        for level in range(self.levels):                                    # Alg. 1, line 2
+            alpha = self.step_size(level, epsilon)                          # Alg. 1, line 3
+            i = torch.full((len(x),), level, device=x.device)
+            if mask is not None:
+                noised = self.q_sample(known, i, noise_like(known, generator))
+                x = torch.where(mask, noised, x)
+            for _ in range(steps):                                          # Alg. 1, line 4
+                score = self.score(net, x, i)
+                x0 = self.denoised(x, score, i)
+                x = langevin_step(x, score, alpha, noise_like(x, generator))
+                if mask is not None:
+                    x = torch.where(mask, noised, x)
+                yield level, x, x0                                          # x is clipped nowhere on its way
+
+    def sample(self, net, n, steps=100, epsilon=2e-5, shape=(1, 28, 28), generator=None):
+        """n images drawn with Algorithm 1, (n, C, H, W) in about [0, 1]."""
+        for _, x, _ in self.anneal(net, self.start(n, shape, generator), steps, epsilon, generator):
+            pass
+        return x
+
+    def inpaint(self, net, known, mask, steps=100, epsilon=2e-5, generator=None):
+        """Images (B, C, H, W) that agree with `known` where the mask (bool) is true (Sec. 5)."""
+        start = self.start(len(known), known.shape[1:], generator)
+        for _, x, _ in self.anneal(net, start, steps, epsilon, generator, known, mask):
+            pass
+        return torch.where(mask, known, x)
+
+
+# lesson_03/model.py
+def dequantise(x0):
+    """The loader's images in [-1, 1] -> [0, 1) (Sec. 5), each grey level spread over its 1/256: a density exists."""
+    grey = (x0 + 1) * 127.5                                                 # 0, 1, ..., 255
+    return (grey + torch.rand_like(grey)) / 256
+
+
+# lesson_03/model.py
+def from_unit(x):
+    """Images of this lesson, in [0, 1] (Sec. 5) -> [-1, 1], as the rest of the course has them."""
+    return 2 * x - 1
+
+
+# lesson_03/model.py
+class InstanceNormPlus(nn.Module):
+    """Conditional instance normalisation++ (App. A): every noise level i has gamma, alpha, beta for each channel.
+
+    gamma (h + alpha m) + beta: h is the map less its mean, over its deviation; m is that mean, less the mean of all
+    channels' means and over their deviation. Without m, normalising would lose how bright a map was.
+    """
+
+    def __init__(self, levels, channels):
+        super().__init__()
+        self.embed = nn.Embedding(levels, 3 * channels)
+        nn.init.normal_(self.embed.weight[:, :2 * channels], 1, 0.02)       # gamma, alpha, as in the official code
+        nn.init.zeros_(self.embed.weight[:, 2 * channels:])                 # beta
+
+    def forward(self, x, i):
+        """x (B, C, H, W), i (B,) int -> (B, C, H, W). Statistics of each image alone, in training as in sampling."""
+        gamma, alpha, beta = self.embed(i)[:, :, None, None].chunk(3, dim=1)                       # (B, C, 1, 1) each
+        mean = x.mean(dim=(2, 3), keepdim=True)                                                    # (B, C, 1, 1)
+        m = (mean - mean.mean(1, keepdim=True)) / (mean.var(1, keepdim=True) + 1e-5).sqrt()
+        return torch.addcmul(gamma * alpha * m + beta, gamma, F.instance_norm(x))
+
+
+# lesson_03/model.py
+def conv(c_in, c_out, dilation=1):
+    """A 3 x 3 convolution that keeps the resolution (App. A); its taps stand `dilation` positions apart."""
+    return nn.Conv2d(c_in, c_out, 3, padding=dilation, dilation=dilation)
+
+
+# lesson_03/model.py
+class ResBlock(nn.Module):
+    """Normalisation, ELU, convolution, twice, beside a shortcut (App. A).
+
+    norm  gives the normalisation of a map with so many channels
+    down  half the resolution, by averaging 2 x 2
+    """
+
+    def __init__(self, norm, c_in, c_out, dilation=1, down=False):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), conv(c_in, c_in, dilation)
+        self.norm2, self.conv2 = norm(c_in), conv(c_in, c_out, dilation)
+        self.pool = nn.AvgPool2d(2) if down else nn.Identity()
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, i):
+        """x (B, c_in, H, W), i (B,) int -> (B, c_out, H, W), or half as high and wide."""
+        h = self.conv1(F.elu(self.norm1(x, i)))
+        h = self.conv2(self.pool(F.elu(self.norm2(h, i))))
+        return self.skip(self.pool(x)) + h
+
+
+# lesson_03/model.py
+class Refine(nn.Module):
+    """Fuse a stage's map with the refined map of the stage below it, maybe coarser; then a residual block (App. A)."""
+
+    def __init__(self, norm, c_fine, c_coarse):
+        super().__init__()
+        self.norm_fine, self.fine = norm(c_fine), conv(c_fine, c_fine)
+        self.norm_coarse, self.coarse = norm(c_coarse), conv(c_coarse, c_fine)
+        self.block = ResBlock(norm, c_fine, c_fine)
+
+    def forward(self, fine, coarse, i):
+        """fine (B, c_fine, H, W), coarse (B, c_coarse, H', W'), i (B,) int -> (B, c_fine, H, W)."""
+        h, up = self.fine(self.norm_fine(fine, i)), self.coarse(self.norm_coarse(coarse, i))
+        if up.shape != h.shape:
+            up = F.interpolate(up, h.shape[2:], mode="bilinear", align_corners=True)
+        return self.block(h + up, i)
+
+
+# lesson_03/model.py
+class ScoreNet(nn.Module):
+    """A small dilated U-Net with the paper's normalisation: down, then each map refined by the one below (App. A).
+
+    levels     rows of gamma, alpha, beta in every normalisation
+    channels   width of each stage
+    dilations  of each stage's convolutions; a stage with dilation 1, but for the first, halves the resolution
+    blocks     residual blocks a stage
+    patch      the image enters as patch x patch pixels a position (1: as in the paper)
+    """
+
+    def __init__(self, levels=10, channels=(64, 128, 128, 128), dilations=(1, 1, 2, 4), blocks=2, patch=1,
+                 image_channels=1):
+        super().__init__()
+        if len(channels) != len(dilations):
+            raise ValueError(f"channels={channels} and dilations={dilations} must name the same stages")
+        self.levels, self.patch, c = levels, patch, channels[0]
+        self.stem = conv(image_channels * patch ** 2, c)
+        self.stages, self.refine = nn.ModuleList(), nn.ModuleList()
+        for stage, (width, dilation) in enumerate(zip(channels, dilations)):
+            down = stage > 0 and dilation == 1
+            self.stages.append(nn.ModuleList([ResBlock(self.normalised, c, width, dilation, down)]))
+            self.stages[-1].extend(ResBlock(self.normalised, width, width, dilation) for _ in range(blocks - 1))
+            c = width
+        for width in reversed(channels[:-1]):
+            self.refine.append(Refine(self.normalised, width, c))
+            c = width
+        self.norm, self.out = self.normalised(c), conv(c, image_channels * patch ** 2)
+
+    def normalised(self, channels):
+        """The normalisation of a map with so many channels (App. A)."""
+        return InstanceNormPlus(self.levels, channels)
+
+    def forward(self, x, i):
+        """x (B, C, H, W) in about [0, 1], i (B,) int -> the score, (B, C, H, W)."""
+        x = rearrange(2 * x - 1, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)
+        h, maps = self.stem(x), []
+        for stage in self.stages:
+            for block in stage:
+                h = block(h, i)
+            maps.append(h)
+        h = maps.pop()
+        for refine in self.refine:
+            h = refine(maps.pop(), h, i)
+        h = self.out(F.elu(self.norm(h, i)))
+        return rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
