@@ -1,4 +1,5 @@
-"""utils/run.py: a run that is interrupted, killed, damaged or doubled loses nothing and goes on bit for bit."""
+"""Run and its rooms (checkpoint.py, log.py, weights.py): a run that is interrupted, killed, damaged or doubled loses
+nothing and goes on bit for bit."""
 
 import json
 import os
@@ -16,8 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, load
-from utils import Run, UserError, Weights, digits, save_weights, trained
-from utils.run import Stopped, code_hash, lesson_name, numbered, ramp, read_checkpoint
+from utils import EMA, Run, UserError, Weights, code_hash, digits, ramp, save_weights, trained
+from utils.checkpoint import read_checkpoint
+from utils.files import lesson_name, numbered
+from utils.run import Stopped
 
 train, sample = load("lesson_05", "train"), load("lesson_05", "sample")
 TINY = ["smoke=true", "steps=12", "save_every=4", "log_every=3", "preview_every=0", "batch_size=8", "lr=0.002",
@@ -194,6 +197,99 @@ def test_resume_takes_the_newest_unfinished(cut, straight):
 
 def test_a_new_run_beside_an_unfinished_one(cut):
     assert train.main(tiny(cut)).folder.name == "002"
+
+
+# ------------------------------------------------------------------ two trainings in two loops
+def teacher_and_student(runs, *argv):
+    """Seven steps of a teacher, then five of a student that is made from new noise and learns from its average."""
+    run = Run(ROOT / "lesson_05" / "train.py", tiny(runs, *argv))
+    data, networks = digits("test", 8, limit=100), []
+
+    def network():
+        net = torch.nn.Linear(784, 784)
+        return (*run.prepare(net, torch.optim.Adam(net.parameters(), 1e-3)), EMA(net))
+
+    def learn(net, optimizer, ema, x, target):
+        loss = (net(x + torch.randn_like(x)) - target).square().mean()
+        optimizer.zero_grad()
+        run.backward(loss)
+        optimizer.step()
+        ema.update(net)
+        run.log(loss=loss)
+
+    teacher = network()
+    run.track(**dict(zip(("net", "optimizer", "ema"), teacher)))
+    for step, (x0, _) in run.steps(data, until=7):
+        networks.append((step, "teacher"))
+        learn(*teacher, x0.flatten(1), x0.flatten(1))
+    student = network()
+    run.track(**dict(zip(("student", "student_optimizer", "student_ema"), student)))
+    for step, (x0, _) in run.steps(data):
+        networks.append((step, "student"))
+        learn(*student, x0.flatten(1), teacher[2].module(x0.flatten(1)))
+    return run.finish(student[2], unet=run.config.unet), networks
+
+
+@pytest.fixture(scope="module")
+def two_loops(tmp_path_factory):
+    return teacher_and_student(tmp_path_factory.mktemp("two_loops"))
+
+
+def test_two_loops_are_one_run(two_loops, tmp_path, capsys):
+    result, networks = two_loops
+    assert networks == [(step, "teacher") for step in range(7)] + [(step, "student") for step in range(7, 12)]
+    assert [step for step, _ in outcome(result.folder)[2]] == [3, 6, 7, 9, 12]         # no line is of both
+    assert result.steps == 12 and result.parameters == 784 * 785
+    assert read_checkpoint(result.folder / "last.pt", "lesson_05")["step"] == 8
+    assert outcome(teacher_and_student(tmp_path)[0].folder) == outcome(result.folder)
+    out = capsys.readouterr().out
+    assert out.count("training lesson_05 on") == 1 and "| 7/7 [" in out and "| 12/12 [" in out
+    seconds = [record["seconds"] for record in result.records]
+    assert seconds == sorted(seconds)                  # one clock
+
+
+@pytest.mark.parametrize("step", [1, 6, 7, 8, 11, 12])
+def test_a_run_of_two_loops_resumes_in_either(two_loops, tmp_path, monkeypatch, capsys, step):
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"after step {step};.*--resume"):
+        stop_after(patch, step)
+        teacher_and_student(tmp_path)
+    capsys.readouterr()
+    result, networks = teacher_and_student(tmp_path, "--resume")
+    assert outcome(result.folder) == outcome(two_loops[0].folder)
+    assert networks == two_loops[1][step:] and result.steps == 12
+    out = capsys.readouterr().out
+    assert out.count(f"resumed 001 after step {step}") == 1
+    assert ("| 7/7 [" in out) == (step < 7) and ("| 12/12 [" in out) == (step < 12)
+
+
+def test_a_run_of_two_loops_goes_back_from_the_second_to_the_first(two_loops, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 8)                           # last.pt at 8, previous.pt at 4, before the student was made
+        teacher_and_student(tmp_path)
+    (run_folder(tmp_path) / "last.pt").unlink()
+    result, networks = teacher_and_student(tmp_path, "--resume")
+    assert outcome(result.folder) == outcome(two_loops[0].folder) and networks[0] == (4, "teacher")
+
+
+def test_a_checkpoint_of_the_second_loop_must_hold_what_it_trains(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 9)
+        teacher_and_student(tmp_path)
+    content = torch.load(run_folder(tmp_path) / "last.pt", weights_only=True)
+    del content["states"]["student"]
+    torch.save(content, run_folder(tmp_path) / "last.pt")
+    with pytest.raises(UserError, match="does not fit: 'student'"):
+        teacher_and_student(tmp_path, "--resume")
+
+
+def test_a_loop_ends_with_the_run_and_names_are_used_once(tmp_path):
+    run = Run(ROOT / "lesson_05" / "train.py", tiny(tmp_path, "steps=3"))
+    assert [step for step, _ in run.steps(digits("test", 8, limit=100), until=99)] == [0, 1, 2]
+    assert [step for step, _ in run.steps(digits("test", 8, limit=100))] == []
+    run.track(net=torch.nn.Linear(2, 2), ema=None)
+    with pytest.raises(ValueError, match="net is tracked already"):
+        run.track(net=torch.nn.Linear(2, 2))
+    run.close()
 
 
 # ------------------------------------------------------------------ damaged, foreign and malicious checkpoints

@@ -50,6 +50,11 @@ class Section(SimpleNamespace):
         return getattr(self, key)
 
 
+def plain(value):
+    """Sections as dicts, all the way down, so that JSON can hold them."""
+    return {name: plain(item) for name, item in vars(value).items()} if isinstance(value, Section) else value
+
+
 class _Loader(yaml.SafeLoader):
     pass
 
@@ -104,7 +109,7 @@ def load(path, section, argv=(), cuda=False, quiet=False):
     if {"-h", "--help"} & set(argv):
         print(help_text(path, section, common))
         raise SystemExit(0)
-    given = [(*_find(values, section, key), key, text) for key, text in map(_split, argv)]
+    given = [(*_find(values, section, key), key, text) for key, text in map(split, argv)]
     bound = read_bounds(path)
     for target in values:
         for key, value in values[target].items():
@@ -175,12 +180,13 @@ def _within(name, value, bound, where):
     return float(value) if bound and bound.real and type(value) is int else value
 
 
-def _split(argument):
+def split(argument):
+    """(key, value) of an argument; --resume is resume=true."""
     key, equals, value = argument.lstrip("-").partition("=")
     if not equals or not key:
         if not key or not argument.startswith("--"):
             raise UserError(f"{argument}: write arguments as key=value")
-        value = "true"                                 # --resume is resume=true
+        value = "true"
     return key, value
 
 

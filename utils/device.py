@@ -1,4 +1,4 @@
-"""What this machine has: device, the precision that is fastest on it, memory, a name to put beside a number."""
+"""What this machine has: devices and processes, the fastest precision, memory, a name to put beside a number."""
 
 import os
 import platform
@@ -8,12 +8,40 @@ from pathlib import Path
 
 import torch
 
+from .errors import UserError
+
+
+def start(device, precision):
+    """The Accelerator of this process and its precision, for a run's settings `device` and `precision`.
+
+    Plain `python` has one process; torchrun and `accelerate launch` start several.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise UserError("device=cuda: no CUDA GPU was found; leave device out to use the CPU")
+    cpu = device == "cpu" or not cuda
+    if precision == "auto":
+        precision = auto_precision("cpu" if cpu else "cuda")
+    if precision == "fp16" and cpu:
+        raise UserError("precision=fp16 needs a GPU; use bf16 or fp32")
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        AcceleratorState._reset_state(True)            # one process may run several scripts (a notebook, the tests)
+    # Without cpu=True, torchrun on a machine without a GPU would train separate models without a word.
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
+    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+        raise UserError(f"{os.environ['WORLD_SIZE']} processes were started, but {accelerator.num_processes} work "
+                        "together")
+    return accelerator, precision
+
 
 def fast_bf16():
     """Whether this CPU multiplies bfloat16 in hardware. Without, bf16 on a CPU is far slower than fp32."""
     if platform.machine() in ("x86_64", "AMD64"):
         try:
-            flags = Path("/proc/cpuinfo").read_text()
+            flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         except OSError:
             return False
         return "avx512_bf16" in flags or "amx_bf16" in flags
@@ -33,7 +61,7 @@ def device_name(device="cpu"):
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 model = line.partition(":")[2].strip()
                 break

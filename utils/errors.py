@@ -42,8 +42,8 @@ def disk_error(error: OSError, full=False) -> UserError | None:
 def cli(main):
     """Run a script's `main()`. A `UserError` becomes one line and exit code 2, Ctrl-C exit code 130.
 
-    So do a disk that cannot be used, and a ValueError that a lesson's model.py raises, or that a layer raises
-    while model.py builds its network: both are about a value of the configuration.
+    So do a disk that cannot be used, and a ValueError that a lesson's model.py (or its earlier.py) raises, or that a
+    layer raises while model.py builds its network: both are about a value of the configuration.
     """
     try:
         main()
@@ -55,10 +55,10 @@ def cli(main):
         fail(user_error)
     except ValueError as error:
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if Path(frame.filename).name == "model.py"]
+        own = [frame for frame in frames if Path(frame.filename).name in ("model.py", "earlier.py")]
         if not own or own[-1] is not frames[-1] and "__init__" not in [frame.name for frame in own]:
             raise
-        fail(f"{error} (model.py, line {own[-1].lineno}); change the value or leave it out")
+        fail(f"{error} ({Path(own[-1].filename).name}, line {own[-1].lineno}); change the value or leave it out")
     except KeyboardInterrupt as error:
         print(str(error) or "stopped", file=sys.stderr)
         sys.exit(130)

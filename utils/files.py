@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import threading
@@ -43,7 +42,27 @@ def atomic(path):
 def write_json(path, value):
     """Write `value` as indented JSON, whole or not at all."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def lesson_name(folder):
+    """lesson_05 or lesson_05/sublesson_a: what checkpoints and weights say they belong to."""
+    folder = Path(folder)
+    return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("sublesson") else folder.name
+
+
+def numbered(folder):
+    """The folders in `folder` that are called by a number, in its order."""
+    found = [p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name))
+
+
+def short(path):
+    """A path as a reader would type it."""
+    for base in (Path.cwd(), ROOT):
+        if Path(path).resolve().is_relative_to(base):
+            return str(Path(path).resolve().relative_to(base))
+    return str(path)
 
 
 @contextlib.contextmanager
@@ -52,12 +71,17 @@ def lock(path, wait=True):
 
     The operating system lets go of it when the process ends, however it ends.
     """
+    from filelock import FileLock, Timeout
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
+    mine = FileLock(path, timeout=-1 if wait else 0, thread_local=False)
+    try:
+        mine.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
         yield True
+    finally:
+        mine.release()

@@ -1,0 +1,141 @@
+"""Checkpoints: the whole state of a training in one file, from which it goes on bit for bit.
+
+A run keeps the newest, last.pt, and the one before, previous.pt. A file holds tensors and plain values, never code.
+"""
+
+import io
+import json
+import os
+import sys
+import zipfile
+
+import torch
+
+from .config import plain
+from .errors import UserError, disk_error
+from .files import atomic, numbered, short
+
+FORMAT = "zero-to-hero checkpoint 1"
+NEEDED = {"lesson", "config", "step", "seconds", "states", "scaler", "random", "random_cuda"}
+FREE = ("runs", "publish", "resume", "preview_every", "save_every", "log_every")   # may change on --resume
+
+
+# ------------------------------------------------------------------ files
+def write_checkpoint(folder, **content):
+    """Write last.pt whole, keeping the one before as previous.pt."""
+    packed = io.BytesIO()                              # serialised in memory: a full disk is then a plain OSError
+    torch.save({"format": FORMAT, **content}, packed)
+    last = folder / "last.pt"
+    with atomic(last) as temporary:
+        temporary.write_bytes(packed.getvalue())
+        if last.exists():
+            os.replace(last, folder / "previous.pt")
+
+
+def read_checkpoint(path, lesson):
+    """A checkpoint's content. UserError if it is damaged or foreign."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("damaged")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                         # whatever a damaged or malicious file provokes
+        if isinstance(error, OSError) and disk_error(error):
+            raise
+        raise UserError(f"{short(path)} is damaged or no checkpoint ({type(error).__name__})") from None
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or NEEDED - set(saved):
+        raise UserError(f"{short(path)} is not a checkpoint of this course")
+    if saved["lesson"] != lesson:
+        raise UserError(f"{short(path)} belongs to {saved['lesson']}, not to {lesson}")
+    return saved
+
+
+def checkpoints(folder):
+    """Those that a run's folder has, the newest first."""
+    return [folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()]
+
+
+def kept(folder):
+    """What a reader may go back to, for the message of a run that had to stop."""
+    found = checkpoints(folder)
+    return f"the last good checkpoint is {found[0]}" if found else "no checkpoint was saved yet"
+
+
+# ------------------------------------------------------------------ going on
+def unfinished(runs):
+    """The folder of the newest run in `runs` that has a checkpoint and no weights yet."""
+    folders = [p for p in numbered(runs) if checkpoints(p)]
+    found = [p for p in folders if not (p / "weights.safetensors").exists()]
+    if not found:
+        raise UserError(f"nothing to resume in {runs}: " + ("its runs are finished; " if folders else "")
+                        + "start a new one without --resume")
+    return found[-1]
+
+
+def newest(folder, lesson):
+    """The content of a run's newest checkpoint that can be used; says which cannot."""
+    for path in checkpoints(folder):
+        try:
+            return read_checkpoint(path, lesson)
+        except UserError as error:
+            print(f"{error}", file=sys.stderr)
+    raise UserError(f"no usable checkpoint in {folder}: delete that folder to resume an older run, "
+                    "or start a new one without --resume")
+
+
+def check_same(saved, config, script, name):
+    """A resumed run must have the values it was started with, or it would not be the same run."""
+    old, new = json.loads(saved["config"]), plain(config)
+    for section in new:
+        if section in ("sample", "reproduce"):
+            continue
+        for key in sorted(set(old.get(section, {})) | set(new[section])):
+            a, b = old.get(section, {}).get(key), new[section].get(key)
+            if a != b and not (section == script and key in FREE):
+                raise UserError(f"cannot resume {name}: it was started with {section}.{key}={a}, now it is {b}; "
+                                "put that back or start a new run without --resume")
+
+
+# ------------------------------------------------------------------ states
+def states(objects, folder, step):
+    """{name: state} of networks, optimizers and averages. Weights that are not finite are refused."""
+    found = {name: _bare(item).state_dict() for name, item in objects.items()}
+    for name, item in objects.items():
+        if isinstance(item, torch.nn.Module) and not all(
+                bool(value.isfinite().all()) for value in item.state_dict().values() if value.is_floating_point()):
+            raise UserError(f"the weights of {name} are not finite after step {step}: stopped; {kept(folder)}. "
+                            "Try a smaller lr or precision=fp32")
+    return found
+
+
+def load_states(objects, saved, folder):
+    """Give the objects the states of a checkpoint that go by their names."""
+    for name, item in objects.items():
+        try:
+            _bare(item).load_state_dict(saved["states"][name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"the checkpoint in {folder} does not fit: {str(error).splitlines()[0]}; "
+                            "train anew without --resume") from None
+
+
+def random_states(device, world):
+    """The state of the noise of every process, under the names that a checkpoint has for it."""
+    random = [torch.get_rng_state()]
+    cuda = [torch.cuda.get_rng_state()] if device.type == "cuda" else []
+    if world > 1:
+        from accelerate.utils import gather_object
+
+        random, cuda = gather_object(random), gather_object(cuda)
+    return {"random": random, "random_cuda": cuda}
+
+
+def set_random_states(saved, device, rank):
+    """From here on this process draws the noise that it would have drawn after the checkpoint."""
+    torch.set_rng_state(saved["random"][rank])
+    if device.type == "cuda" and saved["random_cuda"]:
+        torch.cuda.set_rng_state(saved["random_cuda"][rank])
+
+
+def _bare(item):
+    """A network without its distributed wrapper."""
+    return item.module if isinstance(item, torch.nn.parallel.DistributedDataParallel) else item

@@ -1,0 +1,73 @@
+"""Weights files: a network in fp16 with all that is needed to build it again, and which of them a script takes."""
+
+import json
+from pathlib import Path
+
+from .config import Section
+from .errors import UserError
+from .files import atomic, numbered
+
+
+class Weights:
+    """A weights file: `.config` holds the sections its objects were made from, `.load(net)` fills a network.
+
+    lessons: names of the lessons that it may be of.
+    """
+
+    def __init__(self, path, *lessons):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"there is no weights file {path}")
+        try:
+            with safe_open(self.path, "pt") as file:
+                meta = file.metadata() or {}
+                self.state = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise UserError(f"{path} is not a readable safetensors file ({error}): delete it and train again") from None
+        if meta.get("lesson") not in lessons:
+            raise UserError(f"{path} holds weights of {meta.get('lesson', 'something else')}, not of "
+                            f"{' or '.join(dict.fromkeys(lessons))}: choose another file with weights=FILE")
+        try:
+            self.config = {name: Section(**values) for name, values in json.loads(meta["config"]).items()}
+        except (KeyError, ValueError, TypeError, AttributeError):
+            raise UserError(f"{path} does not say how its network is built: train again") from None
+
+    def load(self, net):
+        """Copy the weights into `net` (float32). Every parameter must be there with its shape."""
+        try:
+            net.load_state_dict({key: value.float() if value.is_floating_point() else value
+                                 for key, value in self.state.items()})
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(f"{self.path} does not fit this network ({reason}): train again") from None
+        return net
+
+
+def save_weights(net, path, lesson, **config):
+    """Write a network's weights in fp16, with its lesson and the configuration to rebuild it from."""
+    from safetensors.torch import save
+
+    state = {key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
+             for key, value in net.state_dict().items()}
+    if bad := [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise UserError(f"the weights are not finite ({bad[0]}): not written. Try a smaller lr or precision=fp32")
+    with atomic(path) as temporary:
+        temporary.write_bytes(save(state, {"lesson": lesson, "config": json.dumps(config)}))
+
+
+def choose(given, runs, published):
+    """(path, what it is) of the weights that a script takes.
+
+    given: config's `weights`, a path, "published" or "". runs: the folder of trainings, of which the newest counts.
+    published: the published file, the last resort.
+    """
+    trained = [p / "weights.safetensors" for p in numbered(runs) if (p / "weights.safetensors").exists()]
+    if given == "published" or not given and not trained and published.exists():
+        return published, "published weights"
+    if given:
+        return Path(given), "given weights"
+    if trained:
+        return trained[-1], f"weights of your training run {trained[-1].parent.name}"
+    raise UserError(f"no weights in {runs} and none published in {published.parent}: run `python train.py` first")
