@@ -210,6 +210,24 @@ def test_locks(tmp_path):
         assert again
 
 
+def unsaid(tree):
+    """Calls in a module that open a text file and do not say its encoding: their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and "encoding" not in [keyword.arg for keyword in node.keywords]:
+            name = ast.unparse(node.func)
+            mode = "".join(ast.unparse(argument) for argument in node.args[1:2])
+            if name == "open" and "b" not in mode or name.endswith((".read_text", ".write_text")):
+                yield node.lineno
+
+
+def test_every_text_file_is_opened_as_utf_8():
+    files = [*ROOT.glob("utils/*.py"), *ROOT.glob("tools/*.py")]
+    assert len(files) > 20
+    assert [(path.name, line) for path in files for line in unsaid(ast.parse(path.read_text(encoding="utf-8")))] == []
+    bad = ("open(p)", "p.read_text()", "open(p, 'w')", "p.write_text(x)", "open(p, 'rb')", "open(p, encoding='utf-8')")
+    assert list(unsaid(ast.parse("\n".join(bad)))) == [1, 2, 3, 4]
+
+
 # ------------------------------------------------------------------ errors
 @pytest.mark.parametrize("number, part", [
     (28, "the disk is full"), (122, "quota"), (27, "larger than allowed"), (13, "may not be written"),
@@ -239,11 +257,22 @@ def test_defects_keep_their_traceback(capsys):
 
 def test_values_that_model_py_rejects_are_one_line(capsys):
     model = load("lesson_05", "model")
-    for call, part in ((lambda: model.DDPM(predict="noize"), "'noize' is none of noise, mean (model.py, line"),
+    for call, part in ((lambda: model.DDPM(timesteps=1), "timesteps=1 at least 2 (model.py, line"),
                        (lambda: model.UNet(channels=6, groups=4), "divisible by num_groups (4) (model.py, line")):
         with pytest.raises(SystemExit) as stop:
             cli(call)
         assert stop.value.code == 2 and part in capsys.readouterr().err
+
+
+def test_values_that_earlier_py_rejects_are_one_line(capsys, tmp_path):
+    for name, code in (("earlier.py", 2), ("train.py", None)):
+        (tmp_path / name).write_text("def check(steps):\n    raise ValueError(f'steps={steps} is too small')\n")
+        space = {}
+        exec(compile((tmp_path / name).read_text(), str(tmp_path / name), "exec"), space)
+        with pytest.raises(SystemExit if code else ValueError) as stop:
+            cli(lambda: space["check"](0))  # noqa: B023
+        assert getattr(stop.value, "code", None) == code
+    assert "steps=0 is too small (earlier.py, line 2)" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ the device
@@ -252,7 +281,7 @@ def test_device(monkeypatch, tmp_path):
     for capability, precision in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         assert auto_precision("cuda") == precision
-    monkeypatch.setattr(Path, "read_text", lambda path: "flags : sse avx2\n")
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: "flags : sse avx2\n")
     assert not fast_bf16()
     monkeypatch.undo()
     assert device_name().startswith("1 CPU core (")

@@ -62,7 +62,8 @@ def speed(train, o, runs):
     """What a training step of the lesson costs. Peak memory: of a short training in a process of its own."""
     command = [sys.executable, o.folder / "train.py", *keys(o, f"{runs}/memory", min(20, o.speed_steps))]
     subprocess.run(command, cwd=o.folder, check=True, stdout=subprocess.DEVNULL)
-    memory = json.loads(next(Path(runs).glob("memory/**/results.json")).read_text())["train"]["peak_memory_mb"]
+    results = next(Path(runs).glob("memory/**/results.json")).read_text(encoding="utf-8")
+    memory = json.loads(results)["train"]["peak_memory_mb"]
     cfg = config.load(o.folder / "config.yaml", "train", keys(o, runs))
     result, seconds = timed(train, o, f"{runs}/speed", o.speed_steps)
     return {"steps": o.speed_steps, "seconds_per_step": seconds / o.speed_steps, "batch_size": cfg.train.batch_size,

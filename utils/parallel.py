@@ -36,5 +36,5 @@ def parallel(function, jobs, workers=0):
 def _quiet():
     """In a worker: one thread, no output, and Ctrl-C is left to the process that started it."""
     torch.set_num_threads(1)
-    sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
