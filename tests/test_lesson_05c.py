@@ -13,7 +13,7 @@ from utils import UserError, Weights
 from utils.config import parse
 
 LESSON = "lesson_05/sublesson_c"
-model, parent = load(LESSON, "model"), load("lesson_05", "model")
+model, reproduce, parent = load(LESSON, "model"), load(LESSON, "reproduce"), load("lesson_05", "model")
 DDPM, UNet = model.DDPM, model.UNet
 FIXTURE = Path(__file__).parent / "fixtures" / "ldm_attention.json"
 SMALL = dict(channels=8, mults=(1, 2), blocks=1, attention=(7,), dropout=0.0, groups=4, patch=2, context=6)
@@ -36,7 +36,7 @@ def cross_attentions(net):
 
 # ------------------------------------------------------------------ the process is lesson 05's
 def test_process_equals_lesson_05():
-    ours, theirs = DDPM(), parent.DDPM(predict="noise", objective="simple", variance="small")
+    ours, theirs = DDPM(), parent.DDPM(variance="small")
     assert torch.equal(ours.abar, theirs.abar) and ours.abar.dtype == torch.float64
     net = lambda xt, t: torch.sin(3 * xt) * (t / 1000)[:, None, None, None]  # noqa: E731
     x0 = torch.rand(3, 1, 4, 4) * 2 - 1
@@ -46,7 +46,7 @@ def test_process_equals_lesson_05():
         losses.append(process.loss(net, x0))
         samples.append(process.sample(net, 2, steps=9, shape=(1, 4, 4), generator=torch.Generator().manual_seed(1)))
     assert torch.equal(*losses)
-    assert torch.allclose(*samples, atol=1e-6) and samples[0].std() > 0.1
+    assert torch.equal(*samples) and samples[0].std() > 0.1
 
 
 def test_log_snr_at_three_times():
@@ -271,18 +271,18 @@ def test_network_is_lesson_05s_at_the_start():
     assert torch.equal(ours(x, t, times(1, 2)), theirs(x, t))
 
 
-@pytest.mark.parametrize("condition", ["attention", "time"])
-def test_training_starts_as_lesson_05s_published_network(condition):
+@pytest.mark.parametrize("network", [UNet, reproduce.TimeUNet])
+def test_training_starts_as_lesson_05s_published_network(network):
     weights = Weights(ROOT / "lesson_05" / "results" / "weights.safetensors", "lesson_05")
     theirs = weights.load(parent.UNet(**weights.config["unet"])).eval()
-    shape = parse((ROOT / LESSON / "config.yaml").read_text())["unet"] | {"condition": condition}
-    ours = UNet(**shape).eval()
+    shape = parse((ROOT / LESSON / "config.yaml").read_text())["unet"]
+    ours = network(**shape).eval()
     load(LESSON, "train").begin_with(ours, weights.path)
     x, t = torch.randn(2, 1, 28, 28), times(3, 900)
     with torch.no_grad():
         assert torch.equal(ours(x, t, times(3, 10)), theirs(x, t))
     with pytest.raises(UserError, match="train.start="):
-        load(LESSON, "train").begin_with(UNet(**shape | {"channels": 24}), weights.path)
+        load(LESSON, "train").begin_with(network(**shape | {"channels": 24}), weights.path)
 
 
 def test_block_is_the_identity_at_the_start():
@@ -299,9 +299,9 @@ def test_shapes_and_places(patch, attention, count):
     assert y.shape == x.shape and (y == 0).all() and len(cross_attentions(net)) == count
 
 
-@pytest.mark.parametrize("condition", ["attention", "time"])
-def test_class_and_time_reach_the_output(condition):
-    net = randomised(UNet(**SMALL, condition=condition)).eval()
+@pytest.mark.parametrize("network", [UNet, reproduce.TimeUNet])
+def test_class_and_time_reach_the_output(network):
+    net = randomised(network(**SMALL)).eval()
     x, t = torch.randn(1, 1, 28, 28), times(5)
     with torch.no_grad():
         outputs = [net(x, t, times(c)) for c in range(11)]
@@ -309,12 +309,11 @@ def test_class_and_time_reach_the_output(condition):
     for i in range(11):
         for j in range(i):
             assert not torch.allclose(outputs[i], outputs[j], atol=1e-4)
-    assert bool(cross_attentions(net)) == (condition == "attention")
+    assert bool(cross_attentions(net)) == (network is UNet)
 
 
 def test_bad_shapes_are_refused():
-    for wrong, match in ((dict(condition="sum"), "none of attention, time"), (dict(heads=3), "heads=3"),
-                         (dict(image_size=30), "image_size=30")):
+    for wrong, match in ((dict(heads=3), "heads=3"), (dict(image_size=30), "image_size=30")):
         with pytest.raises(ValueError, match=match):
             UNet(**SMALL | wrong)
 
@@ -355,43 +354,8 @@ def test_samples_follow_seed_and_class():
     assert draw(0, (3, 5, 7), 2).shape == (3, 1, 28, 28)
 
 
-def rows(**changes):
-    """Rows of reproduce.py for three seeds, as good as can be; changes: {key: {arm: value}}."""
-    reproduce = load(LESSON, "reproduce")
-    found = []
-    for seed in range(3):
-        for arm in reproduce.ARMS:
-            q = 0.0 if arm == "one token" else 0.1
-            row = {"arm": arm, "seed": seed, "accuracy": 0.97 + 0.001 * seed, "error": 0.03, "parameters": 9,
-                   "error_without_class": 0.04, "gradients": [] if arm == "added to the time" else [[q, q, 0.2]] * 4,
-                   "entropy": [] if arm == "added to the time" else [0.5] * 4}
-            found.append(row | {key: value[arm] for key, value in changes.items() if arm in value})
-    return found
-
-
-@pytest.mark.parametrize("changes, holds", [
-    ({}, True),
-    ({"gradients": {"one token": [[1e-30, 0.0, 0.2]]}}, False),                 # exactly zero
-    ({"gradients": {"one token": [[0.0, 0.0, 0.0]]}}, False),                   # nothing learned at all
-    ({"gradients": {"four tokens": [[0.1, 0.0, 0.2]]}}, False),
-])
-def test_trap_is_judged_as_its_criterion_says(changes, holds):
-    assert load(LESSON, "reproduce").trap(rows(**changes))["holds"] == holds
-
-
-@pytest.mark.parametrize("changes, holds", [
-    ({}, True),
-    ({"accuracy": {"added to the time": 0.96}}, True),
-    ({"accuracy": {"added to the time": 0.94}}, False),
-    ({"accuracy": {"one token": 0.94}}, False),
-    ({"accuracy": {"four tokens": 0.5}}, True),                                 # the baseline may be better
-])
-def test_baseline_is_judged_as_its_criterion_says(changes, holds):
-    assert load(LESSON, "reproduce").baseline(rows(**changes))["holds"] == holds
-
-
 def test_held_out_measurement():
-    reproduce, net = load(LESSON, "reproduce"), randomised(UNet(**SMALL, tokens=1)).eval()
+    net = randomised(UNet(**SMALL, tokens=1)).eval()
     got = reproduce.heldout(DDPM(20), net, 10, 4, torch.device("cpu"))
     assert got == reproduce.heldout(DDPM(20), net, 10, 4, torch.device("cpu"))  # the same times and noise
     assert got["entropy"] == [0.0] * 4 and len(got["gradients"]) == 4
@@ -399,35 +363,22 @@ def test_held_out_measurement():
     assert all(0 < e <= 1 for e in reproduce.heldout(DDPM(20), randomised(UNet(**SMALL)), 10, 4, "cpu")["entropy"])
 
 
-if __name__ == "__main__":
-    import diffusers
-
-    FIXTURE.write_text(json.dumps(make_fixture(diffusers), indent=0) + "\n")
-
-
-# ------------------------------------------------------------------ what decides the claims
-@pytest.mark.parametrize("wrong, holds", [((4, 4, 4), True), ((0, 0, 6), False), ((6, 0, 0), False)])
-def test_accuracy_is_judged_as_its_criterion_says(monkeypatch, wrong, holds):
-    # 100 images a sampling seed, of which `wrong` are not what was asked for; guided ones must not count.
-    reproduce = load(LESSON, "reproduce")
-
-    def judged(_, jobs, workers):
-        for _, seed, w in jobs:
-            digit = torch.arange(100) % 10
-            digit[:wrong[seed] if w == 1 else 100] += 1
-            yield digit, 0.5
-
-    monkeypatch.setattr(reproduce, "parallel", judged)
-    monkeypatch.setattr(reproduce, "floor", lambda n: 0.1)
-    config = Space(reproduce=Space(seeds=3, full_n=100, workers=1), sample=Space(steps=50))
-    got = reproduce.full(Space(config=config, argv=[]))
-    assert got["accuracy"]["holds"] == holds
-    assert got["accuracy"]["seeds"] == pytest.approx([1 - k / 100 for k in wrong])
-    assert [row["network_calls"] for row in got["guidance"]["weights"].values()] == [50, 50, 100, 100]
+@pytest.mark.parametrize("w, calls", [(0.0, 50), (1.0, 50), (2.0, 100)])
+def test_asking_counts_hits_and_calls(monkeypatch, w, calls):
+    # Twenty images of 0 to 9 in turn, of which the judge reads the sevens as eights.
+    monkeypatch.setattr(reproduce, "published", lambda run, arm: Space(config={"unet": Space(classes=10)}))
+    monkeypatch.setattr(reproduce, "load", lambda run, weights: (None, None, None))
+    monkeypatch.setattr(reproduce, "draw", lambda ddpm, net, c, null, steps, w, generator: c)
+    monkeypatch.setattr(reproduce, "classify", lambda c: (torch.where(c == 7, 8, c), None))
+    monkeypatch.setattr(reproduce, "fid_to_test", lambda c: 0.5)
+    run = Space(config=Space(sample=Space(steps=50), reproduce=Space(full_n=20)), device="cpu")
+    got = reproduce.ask(run, w, 0)
+    assert got["accuracy"] == pytest.approx(0.9) and got["by_digit"] == [1.0] * 7 + [0.0, 1.0, 1.0]
+    assert got["network_calls"] == calls
 
 
 def test_entropy_of_equal_weights_is_one():
-    reproduce, net = load(LESSON, "reproduce"), UNet(**SMALL).eval()
+    net = UNet(**SMALL).eval()
     for layer in cross_attentions(net):
         torch.nn.init.zeros_(layer.q.weight)
     assert reproduce.heldout(DDPM(20), net, 10, 4, "cpu")["entropy"] == [1.0] * 4
@@ -438,3 +389,9 @@ def test_training_withholds_the_class(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "given", lambda net, c: seen.append(c.clone()) or model.given(net, c))
     train.main(["smoke=true", "drop=1.0", "preview_every=0", f"runs={tmp_path}"])
     assert len(seen) == 6 and all((c == 10).all() for c in seen)
+
+
+if __name__ == "__main__":
+    import diffusers
+
+    FIXTURE.write_text(json.dumps(make_fixture(diffusers), indent=0) + "\n")
