@@ -7,6 +7,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,36 @@ UTILS = importlib.util.find_spec("utils").origin
 assert Path(UTILS).is_relative_to(ROOT), f"these are the tests of {ROOT}, but utils is {UTILS}"
 
 
+# ------------------------------------------------------------------ who shares a process (pytest -n 2 --dist loadgroup)
+FIRST = ("test_utils_run",)                            # starts processes, two at a time: early, and never beside itself
+
+
+def group(item):
+    """All tests of one lesson, whatever their file, run one after the other in one process; so does any other file."""
+    file = item.path.stem
+    if match := re.fullmatch(r"test_(?:lesson|claims)_(\w+)", file):
+        return f"lesson {match[1]}"
+    if file in ("test_lessons", "test_tools_notebook") and hasattr(item, "callspec"):
+        values = item.callspec.params                  # `entry` of the register, or a lesson's folder
+        folder = values["entry"]["folder"] if "entry" in values else str(values.get("lesson"))
+        if match := re.fullmatch(r"lesson_(\d+)(?:/sublesson_(\w))?", folder):
+            return f"lesson {match[1]}{match[2] or ''}"
+    return file
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Groups stay together in the order of the run: first the longest, then the lessons, then what is short."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    place = {}
+    for item in items:
+        name = item.get_closest_marker("xdist_group").args[0]
+        place.setdefault(name, (name not in FIRST, not name.startswith("lesson"), name))
+    items.sort(key=lambda item: place[item.get_closest_marker("xdist_group").args[0]])
+
+
+# ------------------------------------------------------------------ modules of lessons
 def load(lesson, name):
     """Import the script `name` of a lesson ("lesson_05", "lesson_05/sublesson_a" or a path), each once.
 
@@ -50,6 +81,7 @@ def load(lesson, name):
         sys.modules.update(others)
 
 
+# ------------------------------------------------------------------ scripts as processes
 class Process:
     """A script that was started: `.wait()` gives its exit code; then `.out` and `.err` hold what it printed."""
 
@@ -136,6 +168,7 @@ def serve():
     import runpy
 
     import accelerate  # noqa: F401
+    import IPython.core.interactiveshell  # noqa: F401   for the cells of notebooks
     import matplotlib.backends.backend_agg  # noqa: F401
     import safetensors.torch  # noqa: F401
     import torch._dynamo  # noqa: F401                   the first optimizer of a process imports it

@@ -306,7 +306,15 @@ def test_execute_saves_clean_outputs_that_check_accepts(root, monkeypatch):
     assert build(root, "lesson_05").read_bytes() == path.read_bytes()
 
 
-def test_smoke_runs_in_a_scratch_copy_and_saves_nothing(root, capsys):
+def here(root, launch):
+    """The lesson's notebook, tiny, in a process that becomes the kernel."""
+    script = root.parent / "here.py"
+    script.write_text("import sys\nfrom pathlib import Path\nfrom tools.notebook import main\n"
+                      f"sys.exit(main(['execute', '--smoke', '--here', '05'], Path({str(root)!r})))\n")
+    return launch(script)
+
+
+def test_smoke_runs_in_a_scratch_copy_and_saves_nothing(root, capsys, launch):
     edit(root, 'result["args"]', 'result["args"]; import os; assert result["args"][2] == "smoke=true", result\n'
          'assert result["args"][3].startswith("runs=") and os.path.isdir(result["args"][3][5:])\n'
          'assert os.path.exists("../lessons.yaml") and not os.path.exists("runs")')
@@ -314,13 +322,17 @@ def test_smoke_runs_in_a_scratch_copy_and_saves_nothing(root, capsys):
     (root / "lesson_05" / "runs").mkdir()
     before = sorted(root.rglob("*"))
     assert main(["execute", "--smoke", "05"], root) == 0, capsys.readouterr().err
-    assert sorted(root.rglob("*")) == before
+    process = here(root, launch)
+    assert process.wait() == 0, process.err
+    assert "2 8 3 from earlier\n" in process.out and sorted(root.rglob("*")) == before
 
 
-def test_an_error_in_a_cell_names_its_line_and_saves_nothing(root, capsys):
+def test_an_error_in_a_cell_names_its_line_and_saves_nothing(root, capsys, launch):
     edit(root, 'result["args"]', 'result["arms"]')
     assert main(["execute", "lesson_05"], root) == 1
     assert capsys.readouterr().err.endswith("error: lesson_05/README.md:24: KeyError: 'arms'\n")
+    process = here(root, launch)
+    assert process.wait() == 1 and process.err.endswith("error: lesson_05/README.md:24: KeyError: 'arms'\n")
     assert not (root / "lesson_05" / "notebook.ipynb").exists()
 
 
@@ -405,7 +417,8 @@ def test_clean_drops_widgets_and_joins_streams(root):
 
 
 @pytest.mark.parametrize("argv", [[], ["build"], ["biuld", "05"], ["build", "lesson_99"], ["build", "--all", "05"],
-                                  ["check", "--smoke", "05"], ["build", "../x"], ["build", "05", "--wrong"]])
+                                  ["check", "--smoke", "05"], ["execute", "--here", "05"], ["build", "../x"],
+                                  ["execute", "--smoke", "--here", "--all"], ["build", "05", "--wrong"]])
 def test_bad_usage_is_one_line_and_exit_code_2(root, capsys, argv):
     with pytest.raises(SystemExit) as stop:
         main(argv, root)
@@ -434,5 +447,8 @@ def test_committed_notebook_is_up_to_date(lesson):
 
 
 @pytest.mark.parametrize("lesson", [name for name in notebook.lessons(ROOT) if name in READY])
-def test_notebook_of_a_ready_lesson_runs(lesson):
-    execute(ROOT, lesson, smoke=True)
+def test_notebook_of_a_ready_lesson_runs(lesson, launch):
+    """Every cell, tiny; in a process that need not import torch first. The way through a kernel is tested above."""
+    process = launch("tools/notebook.py", "execute", "--smoke", "--here", lesson)
+    assert process.wait() == 0, process.out + process.err
+    assert process.out.endswith(f"{lesson}/notebook.ipynb: ran in a scratch copy\n")

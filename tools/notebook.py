@@ -2,7 +2,8 @@
 
     python -m tools.notebook build lesson_05            write the cells; keep the outputs of unchanged ones
     python -m tools.notebook execute lesson_05a         build, run every cell, save the outputs
-    python -m tools.notebook execute --smoke lesson_05  run it tiny in a scratch copy; save nothing
+    python -m tools.notebook execute --smoke lesson_05  run it tiny in a scratch copy; save nothing; with --here
+                                                        in this process, which spares the start of a kernel
     python -m tools.notebook check --all                exit 1 when a notebook is stale, failed or too big
 
 The text of README.md becomes text cells, split at `## ` headings. Invisible markers become code cells:
@@ -346,10 +347,10 @@ def build(root: Path, lesson: str) -> Path:
 
 
 # ---------------------------------------------------------------------- execute
-def execute(root: Path, lesson: str, smoke: bool = False) -> Path:
+def execute(root: Path, lesson: str, smoke: bool = False, here: bool = False) -> Path:
     """Run the notebook that README.md asks for in a fresh kernel of this Python, and save it.
 
-    smoke: with SMOKE=1, in a scratch copy of the lesson; nothing is saved.
+    smoke: with SMOKE=1, in a scratch copy of the lesson; nothing is saved. here: in this process, not in a kernel.
     """
     path, (notebook, lines) = root / lesson / "notebook.ipynb", make(root, lesson)
     with tempfile.TemporaryDirectory() as scratch:
@@ -363,7 +364,8 @@ def execute(root: Path, lesson: str, smoke: bool = False) -> Path:
             folder = Path(scratch, "copy", lesson)
             # One thread: tiny runs beside other processes wait for threads longer than they compute.
             environment |= {"SMOKE": "1", "TMPDIR": f"{scratch}/tmp", "OMP_NUM_THREADS": "1"}
-        run_cells(notebook, folder, environment, lambda cell: f"{lesson}/README.md:{lines[cell.id]}")
+        run = run_cells_here if here else run_cells
+        run(notebook, folder, environment, lambda cell: f"{lesson}/README.md:{lines[cell.id]}")
     if not smoke:
         clean(notebook, root)
         save(notebook, path)
@@ -394,6 +396,22 @@ def run_cells(notebook, folder: Path, environment: dict, place):
         raise NotebookError(f"{place(failed)}: {error.ename}: {' '.join(error.evalue.split())}") from None
     except (CellTimeoutError, DeadKernelError) as error:
         raise NotebookError(f"{folder.name}: {str(error).splitlines()[0]}") from None
+
+
+def run_cells_here(notebook, folder: Path, environment: dict, place):
+    """Run every cell as a kernel would, in this process, which is of no further use: its folder and path change."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    os.environ.update(environment, MPLBACKEND="agg")
+    tempfile.tempdir = None                          # TMPDIR has changed
+    os.chdir(folder)
+    sys.path[:1] = [str(folder), environment["PYTHONPATH"]]
+    shell = InteractiveShell(config=Config(HistoryManager={"enabled": False}), ipython_dir=environment["IPYTHONDIR"])
+    for cell in code_cells(notebook):
+        done = shell.run_cell(cell.source)           # prints the traceback of an error
+        if error := done.error_before_exec or done.error_in_exec:
+            raise NotebookError(f"{place(cell)}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def mirror(root: Path, lesson: str, copy: Path):
@@ -537,11 +555,14 @@ def main(argv=None, root: Path = ROOT) -> int:
     parser.add_argument("lessons", nargs="*", metavar="lesson", help="lesson_05, 05a or lesson_05/sublesson_a")
     parser.add_argument("--all", action="store_true", help="every lesson whose README.md holds a cell marker")
     parser.add_argument("--smoke", action="store_true", help="execute with SMOKE=1 in a scratch copy; save nothing")
+    parser.add_argument("--here", action="store_true", help="with --smoke: in this process; one lesson only")
     args = parser.parse_intermixed_args(argv)
     if args.all == bool(args.lessons):
         parser.error("name lessons, or --all")
     if args.smoke and args.action != "execute":
         parser.error("--smoke goes with execute")
+    if args.here and not (args.smoke and len(args.lessons) == 1):
+        parser.error("--here goes with --smoke and one lesson")
     for name in args.lessons:
         if folder_of(root, name) is None:
             parser.error(f"no lesson {name} with a README.md")
@@ -555,7 +576,7 @@ def main(argv=None, root: Path = ROOT) -> int:
                 problems, done = [], f"written, {build(root, lesson).stat().st_size / 1e3:.0f} kB"
             else:
                 problems, done = [], "ran in a scratch copy" if args.smoke else "executed and saved"
-                execute(root, lesson, args.smoke)
+                execute(root, lesson, args.smoke, args.here)
         except NotebookError as error:
             problems = [str(error)]
         for problem in problems:
