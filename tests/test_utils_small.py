@@ -135,6 +135,57 @@ def test_frames_of_animations(tmp_path, channels):
         assert durations == [300] * 6 + [1500] and picture.info["loop"] == 0
 
 
+def shown(path):
+    """The frames of an animation as arrays, and how many milliseconds each is seen."""
+    with Image.open(path) as picture:
+        found = []
+        for i in range(picture.n_frames):
+            picture.seek(i)
+            found.append((np.asarray(picture.convert("L")), picture.info["duration"]))
+    return zip(*found)
+
+
+def test_animations_have_sixteen_greys_and_at_most_24_frames(tmp_path):
+    levels = torch.linspace(-1, 1, 100)
+    path = pictures.save_gif([torch.full((1, 1, 28, 28), level) for level in levels.tolist()], tmp_path / "a.gif",
+                             scale=1, seconds=4.8, hold=2)
+    arrays, milliseconds = shown(path)
+    centres = [int(array[9, 9]) for array in arrays]
+    assert centres[0] == 0 and centres[-1] == 255 and centres == sorted(centres)
+    assert all(centre % 17 == 0 for centre in centres) and len(centres) == 16           # equal ones become one
+    assert sum(milliseconds) == 23 * 200 + 2000 and milliseconds[-1] >= 2000
+    noise = [torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(50)]
+    arrays, milliseconds = shown(pictures.save_gif(noise, tmp_path / "b.gif", columns=2, scale=1))
+    assert len(arrays) == 24 and milliseconds == (160,) * 23 + (1500,)
+    levels = [to_uint8(noise[i][0, 0]) for i in (0, 2, 49)]            # the first, 2.1 rounded, the last
+    for array, level in zip((arrays[0], arrays[1], arrays[-1]), levels):
+        assert np.abs(array[1:29, 1:29].astype(int) - level.numpy()).max() <= 8
+        assert len(np.unique(array)) == 16
+
+
+def test_animations_have_fewer_frames_where_they_would_be_large(tmp_path):
+    noise = [torch.rand(16, 1, 28, 28, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(30)]
+    path = pictures.save_gif(noise, tmp_path / "a.gif")
+    arrays, milliseconds = shown(path)
+    assert path.stat().st_size < 250_000 and 8 < len(arrays) < 20
+    assert 3900 <= sum(milliseconds) - 1500 + milliseconds[0] <= 4000
+    arrays, _ = shown(pictures.save_gif([frame.repeat(8, 1, 1, 1) for frame in noise[:9]], tmp_path / "b.gif"))
+    assert len(arrays) == 8                            # not fewer, whatever their size
+
+
+GIFS = sorted(ROOT.glob("lesson_*/**/results/*.gif"))
+
+
+@pytest.mark.parametrize("path", GIFS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_published_animations_are_light(path):
+    with Image.open(path) as picture:
+        assert 8 <= picture.n_frames <= pictures.GIF_FRAMES == 24
+        for i in range(picture.n_frames):
+            picture.seek(i)
+            assert len(picture.convert("RGB").getcolors()) <= 16
+    assert path.stat().st_size < pictures.GIF_BYTES == 250_000
+
+
 def test_arrays_in_the_evaluation_format(tmp_path):
     x, labels = digits("test").first(10)
     with np.load(pictures.save_npz(x, tmp_path / "x.npz", labels)) as file:

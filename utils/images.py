@@ -45,12 +45,41 @@ def save_strip(rows, path, scale=2):
     return save_grid(torch.cat(list(rows)), path, columns=len(rows[0]), scale=scale)
 
 
+GIF_FRAMES, GIF_BYTES = 24, 250_000                     # at most; every version of a picture stays in git for ever
+
+
 def save_gif(frames, path, columns=None, scale=2, seconds=4.0, hold=1.5):
-    """Write a list of batches (N, C, H, W) as an animation of grids that rests on the last. Returns the path."""
-    pictures = [grid(frame, columns, scale).quantize(32, dither=Image.Dither.NONE) for frame in frames]
+    """Write a list of batches (N, C, H, W) as an animation of grids that rests on the last. Returns the path.
+
+    It has 16 greys and at most GIF_FRAMES of the frames, evenly chosen, the first and the last among them; fewer, but
+    not below 8, where it would have GIF_BYTES or more.
+    """
+    count = min(len(frames), GIF_FRAMES)
+    while len(content := _gif([grid(frames[i], columns, scale) for i in _evenly(len(frames), count)],
+                              seconds, hold)) >= GIF_BYTES and count > 8:
+        count = max(8, min(count - 1, count * GIF_BYTES // len(content)))
+    return _write(path, lambda file: file.write(content))
+
+
+def _evenly(n, count):
+    """`count` of the numbers 0 to n - 1, evenly spaced, both ends included."""
+    return [round(i * (n - 1) / max(count - 1, 1)) for i in range(count)]
+
+
+def _gif(pictures, seconds, hold):
+    """PIL images as an animated GIF of 16 colours, in bytes."""
+    if pictures[0].mode == "L":
+        palette = [17 * level for level in range(16) for _ in "RGB"]
+        pictures = [Image.fromarray(((np.asarray(picture).astype(int) + 8) // 17).astype(np.uint8))
+                    for picture in pictures]
+        for picture in pictures:
+            picture.putpalette(palette)
+    else:
+        pictures = [picture.quantize(16, dither=Image.Dither.NONE) for picture in pictures]
     duration = [int(1000 * seconds / len(pictures))] * (len(pictures) - 1) + [int(1000 * hold)]
-    return _write(path, lambda file: pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:],
-                                                      duration=duration, loop=0))
+    content = io.BytesIO()
+    pictures[0].save(content, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+    return content.getvalue()
 
 
 def save_npz(x, path, labels=None):
