@@ -303,24 +303,6 @@ def test_one_point_can_be_overfitted():
 
 
 # ------------------------------------------------------------------ the measurements of reproduce.py
-def test_the_chain_check_sees_a_wrong_formula():
-    reproduce = load("lesson_01", "reproduce")
-    right, wrong = Diffusion(20, 1e-2, 0.2), Diffusion(20, 1e-2, 0.2)
-    wrong.abar[:-1] = wrong.abar[:-1].sqrt()                # in the closed form only: the chain keeps the right betas
-    wrong.beta = right.beta
-    assert reproduce.recursion_error(right) < 1e-12 and reproduce.recursion_error(wrong) > 0.01
-    assert max(map(abs, reproduce.errors(reproduce.noised(right, 10_000, 0)))) < 4
-    assert max(map(abs, reproduce.errors(reproduce.noised(wrong, 10_000, 0)))) > 10
-
-
-def test_the_comparison_that_failed_is_the_error_of_the_random_numbers():
-    # Claim (a), third seed, one step: x_0 is the same for all points, so the variance is beta_0 times that of eps.
-    rows = load("lesson_01", "reproduce").noised(Diffusion(2), 100_000, seed=2)
-    eps = torch.randn(100_000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    drawn = (eps.var().item() - 1) / math.sqrt(2 / 99_999)
-    assert rows[0]["variance_z"] == pytest.approx(drawn, abs=1e-6) == pytest.approx(-3.94, abs=0.01)
-
-
 def test_kl_of_the_reverse_step_vanishes_for_one_gaussian():
     # One cloud: the step back is a Gaussian at every size, with the mean of the sampler's step.
     reproduce, diffusion = load("lesson_01", "reproduce"), Diffusion()

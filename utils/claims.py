@@ -234,10 +234,11 @@ class Rows(list):
         groups = {}
         for row in self:
             groups.setdefault(tuple((k, row.get(k)) for k in self.axes if k != "seed"), []).append(row)
-        return [self.line(dict(axes))
-                + "   ".join(f"{key} {mean_std([row[key] for row in rows if _is_number(row.get(key))])}"
-                             for key, value in rows[0].items() if key not in self.axes and _is_number(value))
-                for axes, rows in groups.items()]
+        lines = {self.line(dict(axes)): "   ".join(
+            f"{key} {mean_std([row[key] for row in rows if _is_number(row.get(key))])}"
+            for key, value in rows[0].items() if key not in self.axes and _is_number(value))
+            for axes, rows in groups.items()}
+        return [name + numbers for name, numbers in lines.items() if numbers]
 
 
 # ------------------------------------------------------------------ verdicts and statistics
