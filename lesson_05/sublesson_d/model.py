@@ -85,7 +85,7 @@ class SpatialTransformer(nn.Module):
 
 # ------------------------------------------------------------------ the network
 class UNet(earlier.UNet):
-    """Lesson 05c's U-Net with a transformer in the place of its attention (App. E.2.1).
+    """Lesson 05c's U-Net with transformers instead of its attention (App. E.2.1).
 
     attention        resolutions at which every block is followed by a transformer (the bottom always has one)
     heads, head_dim  of every attention; their product is the transformer's width

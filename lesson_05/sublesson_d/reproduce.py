@@ -8,16 +8,9 @@ No paper makes these claims; they are the lesson's own, written down before the 
 block; lesson 05c's layers (self-attention, cross-attention) in the same place; and lesson 05c's layers in as many
 places as it takes to have as many parameters (the numbers are printed). All arms begin with lesson 05's convolutions
 and with attention that has learned nothing; same steps, same batches.
-
-(a) Identity. In a fresh network, for random images and contexts and three seeds, every block returns its input:
-    the largest difference is exactly 0.
-(b) The block lowers the error of the predicted noise on test images: against as many parameters it is lower in every
-    seed, and the gap of the means is above 3 pooled standard deviations over the seeds.
-(c) It costs no accuracy: the mean share of samples in which the label judge reads the digit asked for is at most
-    0.02 below that of as many parameters.
 """
 
-import statistics
+import math
 import time
 
 import torch
@@ -26,92 +19,66 @@ import torch.nn.functional as F
 import train
 from model import DDPM, CrossAttention, SpatialTransformer, UNet
 from sample import draw
-from utils import (
-    Run,
-    Weights,
-    classify,
-    cli,
-    deviation,
-    digits,
-    figure,
-    parallel,
-    pooled,
-    save_figure,
-    save_json,
-    seeded,
-    trained,
-    verdict,
-)
+from utils import Arm, Claim, classify, cli, digits, dots, figure, published, save_figure, seeded
 
-ARMS = BLOCK, SAME_PLACE, EQUAL = "transformer", "05c's layers, same place", "05c's layers, as many parameters"
+
+class CrossUNet(UNet):
+    """The network with lesson 05c's layers: those that `UNet` inherits, and replaces by transformers."""
+
+    def cross(self, channels):
+        """Cross-attention alone."""
+        return super(UNet, self).cross(channels)
+
+    def bottom(self, c):
+        """Self-attention, then cross-attention."""
+        return super(UNet, self).bottom(c)
+
+
+BLOCK, SAME_PLACE, EQUAL = "transformer", "05c's layers, same place", "05c's layers, as many parameters"
 
 
 def main(argv=None):
-    run = Run(__file__, argv)
-    cfg = run.config.reproduce
-    start = time.perf_counter()
-    run.open_folder("claim")
-    rows = []
-    arms = [(run.argv, arm, seed) for seed in range(cfg.seeds) for arm in ARMS]
-    for row in parallel(measure, arms, cfg.workers):
-        run.say("{arm:34} seed {seed}: held-out error {error:.5f}   accuracy {accuracy:.3f}".format(**row))
-        rows.append(row)
-    claim = {"identity": identity(run), **compare(rows)}
-    for part in claim.values():
-        part["verdict"] = verdict(part["holds"], cfg)
-    claim |= {"arms": table(rows), "n": cfg.n, "sample_steps": cfg.sample_steps, "heldout": cfg.heldout,
-              "train_steps": cfg.steps, "rows": rows, "minutes": round((time.perf_counter() - start) / 60, 1)}
-    run.say(text(claim))
-    run.output(save_json, claim, "claim.json")
-    run.output(plot, claim, "claim.png")
-    network = published(run)
+    claim = Claim(__file__, argv, sections=("unet", "ddpm"))
+    run, cfg = claim.run, claim.cfg
+    arms = {BLOCK: [], SAME_PLACE: Arm(UNet=CrossUNet),
+            EQUAL: Arm([f"unet.attention={cfg.equal_attention}"], UNet=CrossUNet)}
+    rows = claim.arms(arms, train=train.main, load=load, measure=measure,
+                      keys=[f"steps={cfg.steps}", f"precision={cfg.precision}"])
+    change = identity(run)
+    claim.exact("a", "In a fresh network every block returns its input, for random images and contexts",
+                holds=change == 0, largest_difference=change)
+    claim.judge("b", "The block's error on test images is below that of lesson 05c's layers with as many parameters",
+                holds=rows.below(BLOCK, EQUAL, "error"))
+    claim.judge("c", "With the block, the digit asked for is drawn at most 0.02 less often than with those layers",
+                rule="by the means over the seeds", holds=as_accurate(rows),
+                accuracy={arm: rows.mean("accuracy", arm=arm) for arm in (BLOCK, EQUAL)})
+    network = load(run, published(run, BLOCK))
     run.output(block_diagram, network, "block.png")
     run.output(attention_maps, network, "attention.png")
-    run.record("claim", **{key: value for key, value in claim.items() if key != "rows"})
-    return claim
+    return claim.finish(plot=plot)
 
 
-# ------------------------------------------------------------------ (a) the start
-@torch.no_grad()
-def identity(run):
-    """The largest change that any block of a fresh network makes to its input."""
-    largest = 0.0
-    for seed in range(3):
-        torch.manual_seed(seed)
-        for block in UNet(**run.config.unet).modules():
-            if isinstance(block, SpatialTransformer):
-                x = torch.randn(4, block.enter.in_channels, 7, 7)
-                context = torch.randn(4, run.config.unet.tokens, run.config.unet.context)
-                largest = max(largest, float((block(x, context) - x).abs().max()))
-    return {"largest_difference": largest, "holds": largest == 0}
+def as_accurate(rows):
+    """(c): the block's mean accuracy is at most 0.02 below that of as many parameters; one that diverged has none."""
+    return rows.mean("accuracy", arm=EQUAL) - 0.02 <= rows.mean("accuracy", arm=BLOCK) < math.inf
 
 
-# ------------------------------------------------------------------ (b), (c) the arms
-def measure(argv, arm, seed):
-    """Train one arm (or take it from an earlier call); its held-out errors, accuracy, size and speed."""
-    run = Run(__file__, argv)
-    cfg, folder = run.config.reproduce, run.open_folder("claim")
-    own = [a for a in argv if a.split("=")[0].split(".")[0] in ("unet", "ddpm", "train", "gpu", "device", "smoke")]
-    layers = [] if arm == BLOCK else ["unet.block=attention"]
-    layers += [f"unet.attention={cfg.equal_attention}"] if arm == EQUAL else []
-    path = trained(train.main, folder / f"arm{ARMS.index(arm)}_{seed}", [
-        *own, *layers, f"seed={seed}", f"steps={cfg.steps}", "preview_every=0", f"precision={cfg.precision}"],
-        run.lesson)
-    ddpm, net, null = load(run, path)
+# ------------------------------------------------------------------ what is measured
+# Copied from lesson_05/sublesson_c/reproduce.py: load
+def load(run, weights, UNet=UNet):
+    """Process and network of a weights file; the same network once more, in fp32 whatever the run's precision."""
+    net, exact = (weights.load(UNet(**weights.config["unet"])) for _ in range(2))
+    return *run.place(DDPM(**weights.config["ddpm"]), net), exact.to(run.device).eval()
+
+
+# Copied from lesson_05/sublesson_c/reproduce.py: measure
+def measure(run, ddpm, net, exact, arm, seed):
+    """An arm's accuracy, and what `heldout` finds."""
+    cfg, null = run.config.reproduce, run.config.unet.classes
     c = (torch.arange(cfg.n) % null).to(run.device)
     digit, _ = classify(draw(ddpm, net, c, null, cfg.sample_steps, 1.0, seeded(seed)))
-    return {"arm": arm, "seed": seed, "accuracy": float((digit == c.cpu()).float().mean()),
-            **heldout(*load(run, path, exact=True), cfg.heldout, run.device)}
-
-
-# Copied from lesson_05/sublesson_c/reproduce.py: load
-def load(run, path, exact=False):
-    """Process, network and the number of "no class" of a weights file; exact: in fp32, whatever the run's precision."""
-    weights = Weights(path, run.name)
-    ddpm, net = DDPM(**weights.config["ddpm"]), weights.load(UNet(**weights.config["unet"]))
-    if exact:
-        return ddpm.to(run.device), net.to(run.device).eval(), weights.config["unet"].classes
-    return *run.place(ddpm, net), weights.config["unet"].classes
+    return {"accuracy": float((digit == c.cpu()).float().mean()),
+            **heldout(ddpm, exact, null, cfg.heldout, run.device)}
 
 
 # Adapted from lesson_05/sublesson_c/reproduce.py: heldout -- errors only, and the time of a call
@@ -134,67 +101,29 @@ def heldout(ddpm, net, null, n, device, batch=100):
             "forward_ms": 1000 * (time.process_time() - start) / (2 * n)}
 
 
-def table(rows):
-    """Means and deviations of every arm."""
-    arms = {}
-    for arm in ARMS:
-        of_arm = [row for row in rows if row["arm"] == arm]
-        arms[arm] = {"parameters": of_arm[0]["parameters"], "forward_ms": min(row["forward_ms"] for row in of_arm)}
-        for key in ("error", "error_without_class", "accuracy"):
-            values = [row[key] for row in of_arm]
-            arms[arm] |= {f"{key}_mean": round(statistics.mean(values), 6), f"{key}_std": round(deviation(values), 6)}
-    return arms
+@torch.no_grad()
+def identity(run):
+    """The largest change that any block of a fresh network makes to its input."""
+    largest = 0.0
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for block in UNet(**run.config.unet).modules():
+            if isinstance(block, SpatialTransformer):
+                x = torch.randn(4, block.enter.in_channels, 7, 7)
+                context = torch.randn(4, run.config.unet.tokens, run.config.unet.context)
+                largest = max(largest, float((block(x, context) - x).abs().max()))
+    return largest
 
 
-def compare(rows):
-    """Criteria (b) and (c): the transformer against lesson 05c's layers with as many parameters."""
-    ours, theirs = ({key: [row[key] for row in rows if row["arm"] == arm] for key in ("error", "accuracy")}
-                    for arm in (BLOCK, EQUAL))
-    gap = statistics.mean(theirs["error"]) - statistics.mean(ours["error"])
-    spread = pooled(ours["error"], theirs["error"])
-    every = all(a < b for a, b in zip(ours["error"], theirs["error"]))
-    lost = statistics.mean(theirs["accuracy"]) - statistics.mean(ours["accuracy"])
-    return {"error": {"gap": gap, "pooled_std": spread, "lower_in_every_seed": every,
-                      "holds": every and gap > 3 * spread},
-            "accuracy": {"lost": lost, "holds": lost <= 0.02}}
-
-
-def published(run):
-    """The lesson's published network; in smoke mode, or where there is none, the first arm."""
-    path = run.lesson / "results" / "weights.safetensors"
-    if run.config.reproduce.smoke or not path.exists():
-        path = max(run.folder.glob("arm0_0/**/weights.safetensors"))
-        run.say(f"the network of the pictures is {path.parent}")
-    return load(run, path, exact=True)
-
-
-# ------------------------------------------------------------------ what is printed and drawn
-def text(claim):
-    """The tables with their verdicts."""
-    lines = ["", f"(a) identity at the start: {claim['identity']['verdict']}   "
-                 f"largest difference {claim['identity']['largest_difference']:g}",
-             f"(b) held-out error: {claim['error']['verdict']}   gap {claim['error']['gap']:.6f}, pooled deviation "
-             f"{claim['error']['pooled_std']:.6f}, lower in every seed: {claim['error']['lower_in_every_seed']}",
-             f"(c) accuracy: {claim['accuracy']['verdict']}   (n = {claim['n']} a seed)"]
-    lines += [f"    {arm:34} error {row['error_mean']:.5f} +- {row['error_std']:.5f}   accuracy "
-              f"{row['accuracy_mean']:.3f} +- {row['accuracy_std']:.3f}   {row['parameters']:,} parameters   "
-              f"{row['forward_ms']:.2f} ms an image" for arm, row in claim["arms"].items()]
-    return "\n".join(lines)
-
-
+# ------------------------------------------------------------------ what is drawn
 def plot(claim, path):
     """Two answers: who predicts the noise of test images better, and who draws the digit asked for."""
     fig, axes = figure(1, 2, width=5)
-    labels = [f"{arm.replace(', ', ',' + chr(10))}\n{row['parameters']:,}" for arm, row in claim["arms"].items()]
+    names = {row["arm"]: f"{row['arm'].replace(', ', ',' + chr(10))}\n{row['parameters']:,}" for row in claim.rows}
     for ax, key, title in zip(axes, ("error", "accuracy"), ("(b) held-out error of the noise", "(c) accuracy")):
-        for i, (arm, row) in enumerate(claim["arms"].items()):
-            ax.errorbar(i, row[f"{key}_mean"], row[f"{key}_std"], fmt="o", capsize=4)
-            values = [r[key] for r in claim["rows"] if r["arm"] == arm]
-            ax.plot([i + 0.12] * len(values), values, "k.", ms=4)
-        ax.set_xticks(range(3), labels, fontsize=8)
-        ax.set_xlim(-0.4, 2.5)
-        ax.set_title(title)
-        ax.grid(alpha=0.3)
+        dots(ax, claim.rows, key, names=names)
+        ax.set(title=title)
+        ax.tick_params(axis="x", labelsize=8)
     return save_figure(fig, path)
 
 
@@ -217,7 +146,7 @@ def steps_of(block, x, context):
 
 def example(network):
     """A test image of each class in noise a third of the way up, and what the last transformer is called with."""
-    ddpm, net, _ = network
+    ddpm, _, net = network
     device = ddpm.abar.device
     x0, labels = digits("test").first(1000)
     x0 = torch.stack([x0[labels == k][0] for k in range(10)]).to(device)
