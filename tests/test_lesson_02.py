@@ -11,7 +11,7 @@ from conftest import load
 from utils import UserError
 from utils.config import Section
 
-model, reproduce = load("lesson_02", "model"), load("lesson_02", "reproduce")
+model = load("lesson_02", "model")
 DPM, Binomial = model.DPM, model.Binomial
 FIXTURE = Path(__file__).parent / "fixtures" / "dpm_posterior.json"
 
@@ -105,13 +105,6 @@ def test_a_background_without_width_has_no_bound():
     limits = [DPM(first=first).bits(0.0) for first in (1e-2, 1e-3, 1e-4)]
     assert limits == sorted(limits) and limits[2] - limits[1] > 0.4
     assert DPM().bits(0.0) == pytest.approx(0.5 * math.log2((1 - DPM().abar[999].item()) / 2.0e-3), abs=2e-3)
-
-
-def test_bits_per_dim_of_a_gaussian():
-    # Coding N(0, 1) data whose grey levels are 2 / 255 / std wide: the density's entropy less the log of the width.
-    dpm = DPM(mean=-0.74, std=0.62, levels=256)
-    assert dpm.bits_per_dim(0.0) == pytest.approx(0.5 * math.log2(2 * math.pi * math.e) - math.log2(2 / 255 / 0.62))
-    assert dpm.bits_per_dim(3.0) == pytest.approx(dpm.bits_per_dim(0.0) - 3)
 
 
 # ------------------------------------------------------------------ posterior q(x_{t-1} | x_t, x_0)
@@ -311,20 +304,6 @@ def test_guide_moves_the_mean_of_a_gaussian():
     assert x.mean(0).tolist() == pytest.approx([mean, mean], abs=0.03)
 
 
-def test_wiener_filter_is_the_best_linear_estimate():
-    generator = torch.Generator().manual_seed(0)
-    mix = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
-    x = torch.randn(50_000, 2, generator=generator) @ mix.T
-    y = x + torch.randn(x.shape, generator=generator)
-    estimate = reproduce.wiener_filter(x, y, 1.0)
-    design = torch.cat([y, torch.ones(len(y), 1)], dim=1)
-    fitted = design @ torch.linalg.lstsq(design, x).solution
-    assert (estimate - fitted).abs().max() < 0.05
-    assert (estimate - x).square().mean() < 0.5 * (y - x).square().mean()
-    everywhere = torch.ones_like(x, dtype=torch.bool)
-    assert reproduce.psnr(x + 0.2, x, everywhere) == pytest.approx(20, abs=1e-3)                # 10 log10(4 / 0.04)
-
-
 # ------------------------------------------------------------------ binomial diffusion
 def test_schedule_of_the_binomial_chain():
     chain = Binomial(100)
@@ -380,37 +359,6 @@ def test_bound_of_coins_is_minus_one_bit():
     assert bits.std().item() / 3000 ** 0.5 < 0.01
 
 
-def test_exact_heartbeat_steps():
-    # Against the joint distribution of x_0, x_{t-1} and x_t, added up over all of them.
-    chain, size = Binomial(8), 4
-    exact = reproduce.ExactHeartbeat(chain, size, 2)
-    every = torch.tensor([[(i >> k) & 1 for k in range(size)] for i in range(2 ** size)]).float()
-    for i in (1, 4, 7):
-        t, data = torch.full((len(every),), i), [torch.tensor([[1.0, 0, 1, 0]]), torch.tensor([[0.0, 1, 0, 1]])]
-        weight = sum(of(every, chain.q_bit(x0, t - 1, torch.full_like(t, -1))) for x0 in data)          # of x_{t-1}
-        for xt in every[[0, 5, 7]]:
-            joint = weight * of(xt, chain.q_bit(every, t, t - 1))
-            expected = (joint[:, None] * every).sum(0) / joint.sum()
-            one = xt[None].double()
-            got = torch.sigmoid(chain.p_logit(exact, one, t[:1]))[0]
-            assert got.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
-
-
-def of(x, p):
-    """The probability of bits x, given the probability of each to be 1; (B,)."""
-    return torch.where(x == 1, p, 1 - p).prod(1)
-
-
-def test_bound_of_the_exact_heartbeat_steps():
-    # Nothing factorised does better; it stays below log2(1 / 5) and comes nearer with more steps.
-    x0, bounds = load("lesson_02", "train").heartbeat(100, torch.Generator().manual_seed(0)), []
-    for timesteps in (50, 250):
-        chain = Binomial(timesteps)
-        bits, _ = chain.bound(reproduce.ExactHeartbeat(chain), x0, torch.Generator().manual_seed(1))
-        bounds.append(20 * bits.mean().item())
-    assert bounds[0] < bounds[1] - 0.3 and -3 < bounds[1] < -math.log2(5)
-
-
 # ------------------------------------------------------------------ networks
 def test_networks_answer_zero_at_the_start_and_have_the_right_shape():
     for net, shape in ((model.PointNet(2, 8, 1, 10), (2,)), (model.DigitNet(8, 2, 16, 1), (1, 28, 28))):
@@ -456,7 +404,7 @@ def test_scale_gives_second_moment_one():
 def test_points_and_bits_can_be_trained_and_drawn(data, shape, tmp_path):
     keys = ["smoke=true", "device=cpu", "gpu=false", "threads=1", f"runs={tmp_path}"]
     result = load("lesson_02", "train").main([*keys, f"data={data}"])
-    assert len(reproduce.bounds(result.weights)) == 2
+    assert len([record for record in result.records if "bound" in record]) == 2
     x = load("lesson_02", "sample").main([*keys, "n=30"])
     assert x.shape == shape and x.isfinite().all()
     with pytest.raises(UserError, match="gif"):
