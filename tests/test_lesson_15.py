@@ -22,6 +22,12 @@ def times(*values):
     return torch.tensor(values)
 
 
+def coefficients(ddpm, t, s):
+    """a and b of the posterior mean a x_0 + b x_t, two (1, 1, 1, 1)."""
+    one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    return ddpm.q_posterior(one, zero, t, s), ddpm.q_posterior(zero, one, t, s)
+
+
 # ------------------------------------------------------------------ log-SNR, Section 2
 def test_log_snr_ends_and_middle():
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
@@ -168,7 +174,7 @@ def test_guidance_moves_the_mean_and_not_the_variance():
     net = lambda xt, t, c: 0.1 * (c.float() + 1)[:, None, None, None] * xt  # noqa: E731
     path = [next(iter(ddpm.reverse(guided(net, c, null, w), x, [30, 20], False, torch.Generator().manual_seed(1))))
             for w in (1.0, 3.0)]
-    a, _ = ddpm.posterior_coefficients(times(30), times(20))
+    a, _ = coefficients(ddpm, times(30), times(20))
     assert torch.allclose(path[0][1] - path[1][1], a * (path[0][2] - path[1][2]), atol=1e-5)
     assert (path[0][1] - path[1][1]).abs().max() > 0.01
 
@@ -255,7 +261,7 @@ def test_sampler_on_gaussian_data():
     for steps in (200, 25):
         ts, expected = ddpm.times(steps), 1.0
         for t, s in zip(ts, [*ts[1:], -1]):
-            abar, a, b = ddpm.abar[t].item(), *(i.item() for i in ddpm.posterior_coefficients(times(t), times(s)))
+            abar, a, b = ddpm.abar[t].item(), *(i.item() for i in coefficients(ddpm, times(t), times(s)))
             k = a * math.sqrt(abar) * std ** 2 / (abar * std ** 2 + 1 - abar) + b
             expected = k ** 2 * expected + (ddpm.reverse_variance(times(t), times(s)).item() if s >= 0 else 0)
         x = ddpm.sample(given(exact, c), len(c), ts, shape=(2, 1, 1), clip=False)
@@ -284,7 +290,7 @@ def test_first_jump_enlarges_an_error_of_the_network():
     ddpm, gain = DDPM(), {}
     for start in (-20.0, -10.0):
         t, s = (times(i) for i in ddpm.times(50, start)[:2])
-        a, _ = ddpm.posterior_coefficients(t, s)
+        a, _ = coefficients(ddpm, t, s)
         gain[start] = a.item() * ((1 - ddpm.abar[t]) / ddpm.abar[t]).sqrt().item()
     assert gain[-20.0] > 500 and gain[-10.0] < 10
 
@@ -369,7 +375,7 @@ def test_network_is_lesson_05s_with_a_vector_for_the_class():
     net, old = dict(UNet(**SMALL).named_parameters()), dict(parent.UNet(**SMALL).named_parameters())
     assert set(net) - set(old) == {"label.weight"} and net["label.weight"].shape == (11, 32)
     changed = {name for name in old if net[name].shape != old[name].shape}
-    blocks = {name for name, m in UNet(**SMALL).named_modules() if isinstance(m, model.ResBlock)}
+    blocks = {name for name, m in UNet(**SMALL).named_modules() if isinstance(m, model.AdaResBlock)}
     assert changed == {f"{name}.time.{part}" for name in blocks for part in ("weight", "bias")}
     assert all(net[name].shape[0] == 2 * old[name].shape[0] for name in changed)
     zero = {name for name, p in net.items() if name.endswith("weight") and (p == 0).all()}
@@ -378,7 +384,7 @@ def test_network_is_lesson_05s_with_a_vector_for_the_class():
 
 def twin():
     """A residual block with weights by formula, its inputs and its output."""
-    block = model.ResBlock(4, 6, 5, groups=2)
+    block = model.AdaResBlock(4, 6, 5, groups=2)
     for i, p in enumerate(block.parameters()):
         p.data = torch.sin(torch.arange(p.numel()) * (0.7 + 0.013 * i) + i).reshape(p.shape)
     x, emb = torch.cos(torch.arange(36.0)).reshape(1, 4, 3, 3), torch.sin(torch.arange(5.0)).reshape(1, 5)
@@ -392,7 +398,7 @@ def test_block_equals_the_fixture_of_diffusers():
 
 
 def test_block_is_the_identity_at_the_start():
-    block, x = model.ResBlock(8, 8, 32, groups=4), torch.randn(2, 8, 7, 7)
+    block, x = model.AdaResBlock(8, 8, 32, groups=4), torch.randn(2, 8, 7, 7)
     assert torch.equal(block(x, torch.randn(2, 32)), x)
 
 
@@ -413,7 +419,7 @@ def test_class_and_time_reach_the_output_and_the_null_class_is_learned():
 
 
 def test_times_are_told_apart():
-    emb = model.time_embedding(torch.tensor(DDPM().times(50)), 32)
+    emb = load("lesson_01", "model").time_embedding(torch.tensor(DDPM().times(50)), 32)
     assert emb.diff(dim=0).norm(dim=1).min() > 0.1
 
 
