@@ -2,7 +2,6 @@
 
     python train.py                          the values of config.yaml
     python train.py steps=500 lr=1e-3        other values; --help lists them
-    python train.py ddpm.schedule=cosine     another schedule
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model
 """
