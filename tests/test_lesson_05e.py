@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from conftest import load
-from utils import Run, UserError, Weights
+from utils import UserError, Weights
 from utils.captions import Tokenizer, caption, held_out, read_caption
 
 LESSON = "lesson_05/sublesson_e"
@@ -45,8 +45,8 @@ def test_what_stands_at_padding_changes_nothing():
     assert torch.equal(a[mask], b[mask]) and not torch.allclose(a[~mask], b[~mask])
     block = net.middle[1].blocks[0]
     h = torch.randn(4, 49, 8)
-    assert torch.equal(block(h, a, mask), block(h, b, mask))           # nor in cross-attention
-    assert not torch.allclose(block(h, a, mask | True), block(h, b, mask | True))      # without a mask it would
+    assert torch.equal(block(h, (a, mask)), block(h, (b, mask)))       # nor in cross-attention
+    assert not torch.allclose(block(h, (a, mask | True)), block(h, (b, mask | True)))  # without a mask it would
     before = net(x, t, c)
     with torch.no_grad():
         net.text.words.weight[0] = 100.0
@@ -61,16 +61,19 @@ def test_more_padding_changes_nothing():
 
 
 def test_weights_of_attention():
-    attend, x = model.CrossAttention(8, 16, 2, 4), torch.randn(3, 5, 8)
+    attend, x = model.MaskedAttention(8, 16, 2, 4), torch.randn(3, 5, 8)
     context, mask = torch.randn(3, 7, 16), torch.arange(7) < torch.tensor([[1], [4], [7]])
-    weights = attend.weights(x, context, mask)
+    weights = attend.weights(x, (context, mask))
     assert weights.shape == (3, 2, 5, 7) and torch.allclose(weights.sum(3), torch.ones(3, 2, 5))
     assert bool((weights.transpose(1, 3)[~mask] == 0).all()), "exactly zero"
     assert bool((weights[0, ..., 0] == 1).all())                       # the null caption: one token gets all
     q, k, v = (attend.split(part) for part in (attend.q(x), attend.k(context), attend.v(context)))
     h = nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None, None])
-    assert torch.allclose(attend(x, context, mask), attend.out(h.transpose(1, 2).flatten(2)), atol=1e-6)
-    assert torch.equal(attend(x, context), attend(x, context, torch.ones(3, 7, dtype=torch.bool)))
+    assert torch.allclose(attend(x, (context, mask)), attend.out(h.transpose(1, 2).flatten(2)), atol=1e-6)
+    plain = model.CrossAttention(8, 16, 2, 4)          # lesson 05c's, which sees all
+    plain.load_state_dict(attend.state_dict())
+    assert torch.equal(plain(x, context), attend(x, (context, mask | True)))
+    assert not torch.allclose(plain(x, context), attend(x, (context, mask)), atol=1e-4)
 
 
 # ------------------------------------------------------------------ the text encoder
@@ -135,9 +138,21 @@ def test_sizes_that_do_not_fit():
 # ------------------------------------------------------------------ the network around it
 def test_blocks_are_the_identity_at_the_start():
     torch.manual_seed(0)
-    block = model.SpatialTransformer(8, 16, 2, 4, groups=4)
+    block = model.MaskedTransformer(8, 16, 2, 4, groups=4)
     x, c = torch.randn(2, 8, 7, 7), captions(3, 5)
-    assert torch.equal(block(x, torch.randn(2, 12, 16), c != 0), x)
+    assert torch.equal(block(x, (torch.randn(2, 12, 16), c != 0)), x)
+    with torch.no_grad():
+        nn.init.normal_(block.leave.weight)
+    assert not torch.allclose(block(x, (torch.randn(2, 12, 16), c != 0)), x, atol=1e-3)
+
+
+def test_every_attention_to_a_caption_has_its_mask():
+    for attention, count in (((), 1), ((7,), 4), ((14, 7), 7)):
+        net = small(attention=attention)
+        blocks = [m for m in net.modules() if type(m).__name__ == "TransformerBlock"]
+        assert len(blocks) == count                    # down, bottom, twice up a level
+        assert all(type(block.attn2) is model.MaskedAttention for block in blocks)
+        assert all(type(block.attn1) is model.CrossAttention for block in blocks)      # an image has no padding
 
 
 def test_convention():
@@ -261,31 +276,3 @@ def test_wishes_name_every_word():
     assert reproduce.PROMPT == caption(7, {"thickness": 2, "slant": 2}) and held_out(7, 2, 2)
     bags = reproduce.reordered(texts, 0)
     assert [sorted(a.split()) for a in bags] == [sorted(b.replace(",", "").split()) for b in texts] and bags != texts
-
-
-def made_up(seen, held, bag, seeds=3):
-    found = lambda value: dict.fromkeys(reproduce.COLUMNS, value)
-    names = ("seen, guided", "seen, w = 1", "seen, guided, words reordered", "held-out, guided", "held-out, w = 1")
-    asked = [{"seed": i, **{name: found(seen if "seen" in name else held) for name in names}} for i in range(seeds)]
-    rows = [{"arm": arm, "seed": i, "words": value} for i in range(seeds)
-            for arm, value in (("sentences", 0.8), ("bags of words", bag))]
-    cfg = Run(sample.__file__.replace("sample", "reproduce"), ["device=cpu", "gpu=false", "threads=1"]).config.reproduce
-    return reproduce.judged(rows, asked, cfg, found(0.3))
-
-
-@pytest.mark.parametrize("seen, held, bag, verdicts", [(0.95, 0.8, 0.8, "rrr"), (0.94, 0.79, 0.74, "nnn"),
-                                                       (1.0, 0.7, 0.86, "rnn"), (0.9, 0.9, 0.76, "nrr")])
-def test_verdicts(seen, held, bag, verdicts):
-    claim = made_up(seen, held, bag)
-    names = {"r": "reproduced", "n": "not reproduced at this scale"}
-    assert [claim[part]["verdict"] for part in ("seen", "held_out", "word_order")] == [names[v] for v in verdicts]
-
-
-def test_no_attribute_may_fail():
-    claim = made_up(1.0, 0.9, 0.8)
-    assert claim["held_out"]["verdict"] == "reproduced"
-    cfg = Run(sample.__file__.replace("sample", "reproduce"), ["device=cpu", "gpu=false", "threads=1"]).config.reproduce
-    names = ("seen, guided", "held-out, guided")
-    asked = [{"seed": 0, **{name: dict.fromkeys(reproduce.COLUMNS, 0.9) | {"slant": 0.7} for name in names}}]
-    rows = [{"arm": arm, "seed": 0, "words": 0.8} for arm in ("sentences", "bags of words")]
-    assert reproduce.judged(rows, asked, cfg, {})["held_out"]["verdict"] == "not reproduced at this scale"

@@ -13,7 +13,7 @@ from utils import EMA, Run, Section, Weights, cli, ramp, save_grid
 from utils.captions import captioned
 
 
-# Adapted from lesson_05/sublesson_c/train.py: main -- captions, tokenised once, in the place of labels
+# Adapted from lesson_05/sublesson_c/train.py: main -- captions, tokenised once, instead of labels
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg, said = run.config.train, run.config.captions
