@@ -273,6 +273,14 @@ def test_a_name_is_replaced_during_the_training_only(small):
         claim.train({"down": Arm(Lost=reproduce.Down)}, train=reproduce.train.main, seeds=[0])
 
 
+def test_weights_that_overflow_count_as_a_loss_that_ran_away(small):
+    reproduce = load(small, "reproduce")
+    arm = Arm(Loss=functools.partial(reproduce.To, 1e6))                         # 3.6e5 in fp16 is infinite
+    rows = Claim(reproduce.__file__, []).arms({"huge": arm, "up": []}, reproduce.train.main, reproduce.measure,
+                                              reproduce.load, seeds=[0])
+    assert rows[0]["diverged"] and rows[0]["w"] == INF and rows[0]["net"] is None and "diverged" not in rows[1]
+
+
 def test_any_other_error_of_an_arm_stops_the_claim(small):
     reproduce = load(small, "reproduce")
     with pytest.raises(UserError, match="lr"):

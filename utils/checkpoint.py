@@ -12,7 +12,7 @@ import zipfile
 import torch
 
 from .config import plain
-from .errors import UserError, disk_error
+from .errors import Diverged, UserError, disk_error
 from .files import atomic, numbered, short
 
 FORMAT = "zero-to-hero checkpoint 1"
@@ -103,8 +103,8 @@ def states(objects, folder, step):
     for name, item in objects.items():
         if isinstance(item, torch.nn.Module) and not all(
                 bool(value.isfinite().all()) for value in item.state_dict().values() if value.is_floating_point()):
-            raise UserError(f"the weights of {name} are not finite after step {step}: stopped; {kept(folder)}. "
-                            "Try a smaller lr or precision=fp32")
+            raise Diverged(f"the weights of {name} are not finite after step {step}: stopped; {kept(folder)}. "
+                           "Try a smaller lr or precision=fp32")
     return found
 
 

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import torch
 
 from .config import Section
-from .errors import UserError
+from .errors import Diverged, UserError
 from .files import write_json
 from .parallel import parallel
 from .run import Run, trained
@@ -323,9 +323,7 @@ def _one_arm(file, argv, sections, train, name, arm, seed, keys, load, measure):
     try:
         path = trained(functools.partial(_train, train, arm.names), folder, [
             *own(argv, sections), "preview_every=0", f"seed={seed}", *keys, *arm.keys], run.lesson)
-    except UserError as error:
-        if not re.search(r"not finite|is -?(nan|inf) at step", str(error)):
-            raise
+    except Diverged:
         return None, None
     if measure is None:
         return path, None

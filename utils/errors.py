@@ -29,6 +29,10 @@ class UserError(Exception):
     """Something the reader can put right. The message says what is wrong and what to do, in one line."""
 
 
+class Diverged(UserError):
+    """A training ran away: a loss or weights that are not finite."""
+
+
 def disk_error(error: OSError, full=False) -> UserError | None:
     """The one-line form of a full, read-only or forbidden disk or a wrong path; None for any other OSError.
 

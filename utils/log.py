@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from .checkpoint import kept
-from .errors import UserError
+from .errors import Diverged
 from .files import atomic
 
 
@@ -40,8 +40,8 @@ class Log:
         for step, values in self.records:
             for name, value in values.items():
                 if not math.isfinite(value):
-                    raise UserError(f"{name} is {value} at step {step}: stopped; {kept(self.path.parent)}. "
-                                    "Try a smaller lr or precision=fp32")
+                    raise Diverged(f"{name} is {value} at step {step}: stopped; {kept(self.path.parent)}. "
+                                   "Try a smaller lr or precision=fp32")
         return self.records
 
     def flush(self, seconds):

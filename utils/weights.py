@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from .config import Section
-from .errors import UserError
+from .errors import Diverged, UserError
 from .files import atomic, numbered
 
 
@@ -52,7 +52,7 @@ def save_weights(net, path, lesson, **config):
     state = {key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
              for key, value in net.state_dict().items()}
     if bad := [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
-        raise UserError(f"the weights are not finite ({bad[0]}): not written. Try a smaller lr or precision=fp32")
+        raise Diverged(f"the weights are not finite ({bad[0]}): not written. Try a smaller lr or precision=fp32")
     with atomic(path) as temporary:
         temporary.write_bytes(save(state, {"lesson": lesson, "config": json.dumps(config)}))
 
