@@ -267,7 +267,8 @@ def test_a_subclass_of_the_same_name_runs_here_and_in_a_third_lesson(tmp_path):
     assert "earlier = " not in text(tmp_path, "lesson_02")
     written = text(tmp_path, "lesson_03")
     assert written.index("import sys\n") < written.index("\nearlier = sys.modules[__name__]")
-    assert written.index("\nearlier =") < written.index("class Net(dict)") < written.index("# lesson_02/model.py\nclass Net(earlier.Net)")
+    first, second = "class Net(dict)", "# lesson_02/model.py\nclass Net(earlier.Net)"
+    assert written.index("\nearlier =") < written.index(first) < written.index(second)
     assert execute(tmp_path, "lesson_02") == ["sub of basesub of base"]
     assert execute(tmp_path, "lesson_03") == ["sub of basesub of base 4"]
 

@@ -602,15 +602,21 @@ def sizes(house, folder):
 
 
 # --- diff ------------------------------------------------------------------------------------------------------
-def find(house, name):
-    """The register entry that "09", "05a", "lesson_05a" or "lesson_05/sublesson_a" means."""
+def registered(lessons, name):
+    """The entry of lessons.yaml that "09", "05a", "lesson_05a" or "lesson_05/sublesson_a" means."""
     match = re.fullmatch(r"(?:\./)?(?:lesson_)?(\d+)(?:/?(?:sublesson_)?([a-z]))?/?", name)
     number = f"{int(match[1]):02}{match[2] or ''}" if match else name
-    entry = next((lesson for lesson in house.lessons if lesson["number"] == number), None)
+    entry = next((lesson for lesson in lessons if lesson["number"] == number), None)
     if entry is None:
         raise Mistake(f"there is no lesson {name!r} in lessons.yaml; write 05, 05a or lesson_05/sublesson_a, say")
+    return entry
+
+
+def find(house, name):
+    """The entry of a lesson that is written."""
+    entry = registered(house.lessons, name)
     if entry["folder"] not in house.folders:
-        raise Mistake(f"lesson {number} ({entry['name']}) is not written yet: there is no {entry['folder']}")
+        raise Mistake(f"lesson {entry['number']} ({entry['name']}) is not written yet: there is no {entry['folder']}")
     return entry
 
 
