@@ -307,12 +307,10 @@ def taken_by(house, label):
 def has_owner(d):
     """Whether a definition of model.py belongs to one lesson alone, so that an equal one elsewhere is an error.
 
-    Classes and functions do, whatever their length. Of the methods those do not whose name and form the framework
-    gives (__init__, forward: equal ones mean little until they are long) and those whose whole body is one line.
+    Classes and functions do, whatever their length, and methods of more than one line: where a class gives names of
+    its own a meaning, `return Level(...)` of two networks can be the same code and not the same thing.
     """
-    if not d.path.endswith("/model.py"):
-        return False
-    return not d.owner or d.size > 2 and d.short != "forward" and not re.fullmatch("__.+__", d.short)
+    return d.path.endswith("/model.py") and (not d.owner or d.size > 2)
 
 
 def check_twins(house):
