@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from conftest import load
-from utils import Section
 from utils.config import parse
 
 model = load("lesson_03", "model")
@@ -336,43 +335,3 @@ def test_gpu_overlay_has_the_official_shape():
     assert [len(stage) for stage in net.stages] == [2, 2, 2, 2] and net.stem.in_channels == 1
     assert [stage[0].conv1.dilation for stage in net.stages] == [(1, 1), (1, 1), (2, 2), (4, 4)]
     assert sum(p.numel() for p in published.parameters()) < 740_000            # fits 1.5 MB in fp16
-
-
-# ------------------------------------------------------------------ the claim's arithmetic, on made-up rows
-def rows(annealed, plain):
-    """Rows of reproduce.py: the better FID of each arm and seed."""
-    return [{"arm": arm, "seed": i, "best": fid} for arm, fids in (("annealed", annealed), ("plain", plain))
-            for i, fid in enumerate(fids)]
-
-
-@pytest.mark.parametrize("annealed, plain, holds", [
-    ([20.0, 22.0, 21.0], [90.0, 95.0, 92.0], True),
-    ([20.0, 96.0, 21.0], [90.0, 95.0, 92.0], False),                            # loses in one seed
-    ([50.0, 52.0, 51.0], [90.0, 95.0, 92.0], False),                            # not below half
-    ([20.0, 22.0, 21.0], [60.0, 200.0, 110.0], False),                          # gap below 3 deviations
-])
-def test_digits_are_judged_as_their_criterion_says(annealed, plain, holds):
-    judged = load("lesson_03", "reproduce").judge_rows(rows(annealed, plain))
-    assert judged["holds"] == holds and judged["gap"] == pytest.approx(sum(plain) / 3 - sum(annealed) / 3)
-
-
-def test_no_verdict_from_few_seeds():
-    verdict, cfg = load("lesson_03", "reproduce").verdict, Section(quick=False, smoke=False, seeds=3)
-    assert verdict(True, cfg) == "reproduced" and verdict(False, cfg) == "not reproduced at this scale"
-    for few in (dict(quick=True), dict(smoke=True), dict(seeds=2)):
-        assert "no verdict" in verdict(True, Section(**{**cfg, **few}))
-
-
-def test_one_level_asks_for_that_level():
-    table = torch.nn.Module()
-    table.forward = lambda x, i: i
-    one = load("lesson_03", "reproduce").OneLevel(table, 4)
-    assert one(torch.zeros(3, 1, 2, 2), labels(0, 0, 0)).tolist() == [4, 4, 4]
-
-
-def test_basins_are_the_halves_of_the_plane():
-    x = 16 * torch.rand(500, 2, generator=seeded()) - 8
-    end = load("lesson_03", "reproduce").downhill(x)
-    clear = (x.sum(1).abs() > 0.5)                                              # the border is near x + y = 0
-    assert ((end.sum(1) > 0) == (x.sum(1) > 0))[clear].all()
-    assert torch.allclose(end.abs(), torch.full_like(end, 5.0), atol=0.1)
