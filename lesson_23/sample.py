@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from model import DDPM, DiT, guided
+from model import IDDPM, DiT, guided
 from utils import Run, UserError, cli, report, save_gif, save_grid, save_npz, score
 
 
@@ -18,10 +18,10 @@ def main(argv=None):
     run = Run(__file__, argv)
     cfg = run.config.sample
     ddpm, net, null = load(run, run.weights())
-    c, times = wanted(cfg.labels, cfg.n, null).to(run.device), ddpm.times(cfg.steps)
+    c = wanted(cfg.labels, cfg.n, null).to(run.device)
 
     start = time.perf_counter()
-    x = draw(ddpm, net, c, null, times, cfg.guidance, run.generator(), cfg.clip, cfg.batch)
+    x = draw(ddpm, net, c, null, cfg.steps, cfg.guidance, run.generator(), cfg.clip, cfg.batch)
     seconds, calls = time.perf_counter() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
     run.output(save_grid, x[:60], "samples.png", columns=10)
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
@@ -30,7 +30,8 @@ def main(argv=None):
     if cfg.gif:
         eps = guided(net, c[:10], torch.full_like(c[:10], null), cfg.guidance)
         xT = torch.randn(len(c[:10]), 1, 28, 28, generator=run.generator(1)).to(run.device)
-        path = [torch.cat([x_s, x_0]).cpu() for _, x_s, x_0 in ddpm.reverse(eps, xT, times, cfg.clip, run.generator(2))]
+        way = ddpm.reverse(eps, xT, cfg.steps, cfg.clip, run.generator(2))
+        path = [torch.cat([x_s, x_0]).cpu() for _, x_s, x_0 in way]
         shown = sorted({round(i) for i in torch.linspace(0, len(path) - 1, 30).tolist()})
         run.output(save_gif, [path[i] for i in shown], cfg.gif, columns=len(c[:10]))
     if cfg.metrics:
@@ -45,7 +46,7 @@ def main(argv=None):
 # Adapted from lesson_15/sample.py: load -- a DiT, whose variance is learned
 def load(run, weights):
     """Process, network and the number of "no class" of a weights file, which carries their configuration."""
-    dit, ddpm = weights.config["dit"], DDPM(**weights.config["ddpm"])
+    dit, ddpm = weights.config["dit"], IDDPM(**weights.config["ddpm"])
     return *run.place(ddpm, weights.load(DiT(**dit))), dit["classes"]
 
 
@@ -63,10 +64,10 @@ def wanted(labels, n, null):
     return torch.tensor(asked).repeat(-(-n // len(asked)))[:n]
 
 
-# Copied from lesson_15/sample.py: draw
-def draw(ddpm, net, c, null, times, w, generator, clip=True, batch=128):
+# Adapted from lesson_15/sample.py: draw -- the number of steps instead of the times
+def draw(ddpm, net, c, null, steps, w, generator, clip=True, batch=128):
     """An image of every class in c (n,), in batches: (n, 1, 28, 28)."""
-    return torch.cat([ddpm.sample(guided(net, part, torch.full_like(part, null), w), len(part), times, clip=clip,
+    return torch.cat([ddpm.sample(guided(net, part, torch.full_like(part, null), w), len(part), steps, clip=clip,
                                   generator=generator) for part in c.split(batch)])
 
 

@@ -9,7 +9,7 @@
 
 import torch
 
-from model import DDPM, DiT, drop, given
+from model import IDDPM, DiT, drop, given
 from utils import EMA, Run, UserError, cli, digits, ramp, save_grid
 
 
@@ -19,7 +19,7 @@ def main(argv=None):
     cfg, null = run.config.train, run.config.dit.classes
     if cfg.drop > 1:
         raise UserError(f"drop={cfg.drop} is a share of the samples: from 0 to 1")
-    ddpm, net = DDPM(**run.config.ddpm), DiT(**run.config.dit)
+    ddpm, net = IDDPM(**run.config.ddpm), DiT(**run.config.dit)
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     ddpm, net, optimizer = run.prepare(ddpm, net, optimizer)
     ema = EMA(net, cfg.ema_decay)
@@ -37,8 +37,8 @@ def main(argv=None):
         run.log(loss=loss, **(gates(ema.module, run.device) if run.every(cfg.log_every) else {}))
         if run.every(cfg.preview_every):
             c = torch.arange(60, device=run.device) % null
-            times = ddpm.times(min(run.config.sample.steps, ddpm.timesteps))
-            x = ddpm.sample(given(ema.module, c), len(c), times, generator=run.generator())
+            x = ddpm.sample(given(ema.module, c), len(c), min(run.config.sample.steps, ddpm.timesteps),
+                            generator=run.generator())
             save_grid(x, run.folder / f"preview_{step + 1:06d}.png", columns=10)
     return run.finish(ema, dit=run.config.dit, ddpm=run.config.ddpm)                    # weights, loss curve, numbers
 
