@@ -19,7 +19,7 @@ def preview(run, ddpm, net, ema):
 
 
 # Adapted from lesson_05/train.py: main -- few images, their error beside that of unseen ones, training mode asserted
-def main(argv=None, preview=preview):
+def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
     ddpm, net = DDPM(**run.config.ddpm), UNet(**run.config.unet)
