@@ -14,12 +14,26 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from earlier import image, linear  # lesson 05
+from earlier import drop, given  # lesson 05c
+from earlier import (  # lesson 23
+    MLP,
+    FinalLayer,
+    TimestepEmbedder,
+    modulate,
+    norm,
+    patchify,
+    sincos_2d,
+    unpatchify,
+)
+from earlier import network_time  # lesson 39
+
 DENSITIES = ("uniform", "logit-normal", "mode", "cosmap")
 
 
 # ------------------------------------------------------------------ times: which to train at, Sec. 3.1
 class Times:
-    """A density of training times on [0, 1].
+    """A density of training times on [0, 1], Sec. 3.1.
 
     density     one of DENSITIES
     mean, std   of the normal whose sigmoid is the time: more weight to noise (mean > 0) or to data (mean < 0)
@@ -34,7 +48,7 @@ class Times:
         self.density, self.mean, self.std, self.mode_scale = density, mean, std, mode_scale
 
     def map(self, u):
-        """Uniform u to times of this density. (B,) float64 in [0, 1] -> (B,)."""
+        """Uniform u to times of this density, Sec. 3.1. (B,) float64 in [0, 1] -> (B,)."""
         if self.density == "logit-normal":
             return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
         if self.density == "mode":
@@ -42,7 +56,7 @@ class Times:
         return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1) if self.density == "cosmap" else u
 
     def pdf(self, t):
-        """The density itself, at t in (0, 1). (B,) float64 -> (B,)."""
+        """The density itself, at t in (0, 1), Sec. 3.1. (B,) float64 -> (B,)."""
         if self.density == "logit-normal":
             z = (torch.logit(t) - self.mean) / self.std
             return torch.exp(-z ** 2 / 2) / (self.std * math.sqrt(2 * math.pi) * t * (1 - t))
@@ -56,19 +70,19 @@ class Times:
         return 1 / slope
 
     def draw(self, n, device=None):
-        """n times for training. (n,) float64."""
+        """n times for training, Sec. 3.1. (n,) float64."""
         return self.map(torch.rand(n, dtype=torch.float64, device=device))
 
 
 def shifted(t, shift):
-    """Move times towards noise, as a larger image needs: shift = (m / n)^(1/2) for m pixels in the place of n."""
+    """Move times towards noise, as a larger image needs (Sec. 5.3): shift = (m / n)^(1/2) for m pixels instead of n."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 # ------------------------------------------------------------------ the process: Sections 2 and 3
 # Adapted from lesson_21/model.py: RectifiedFlow -- time runs from data to noise, and training draws it from a density
 class RectifiedFlow(nn.Module):
-    """The straight path between an image and noise, its loss, and Euler's method. Holds no weights.
+    """The straight path between an image and noise (Sec. 2, 3), its loss, and Euler's method. Holds no weights.
 
     density, mean, std, mode_scale   of the training times, see `Times`. Sampling does not know of them
     """
@@ -78,20 +92,20 @@ class RectifiedFlow(nn.Module):
         self.times = Times(density, mean, std, mode_scale)
 
     def q_sample(self, x0, t, n):
-        """x_t of an image and a noise. x0, n (B, C, H, W), t (B,) -> (B, C, H, W)."""
+        """x_t of an image and a noise, the rectified flow of Sec. 3. x0, n (B, C, H, W), t (B,) -> (B, C, H, W)."""
         return image(1 - t) * x0 + image(t) * n
 
     def loss(self, net, x0):
-        """One draw of the training loss; the density of t is its only weight. x0 (B, C, H, W) -> scalar."""
+        """One draw of the training loss (Sec. 3.1); the density of t is its only weight. x0 (B, C, H, W) -> scalar."""
         return self.loss_at(net, x0, self.times.draw(len(x0), x0.device), torch.randn_like(x0)).mean()
 
     def loss_at(self, net, x0, t, n):
-        """The squared error of n - x_0 at given times and noise, the mean over each image's pixels. (B,)."""
+        """The squared error of n - x_0 at given times and noise (Sec. 3), the mean over each image's pixels. (B,)."""
         error = net(self.q_sample(x0, t, n), network_time(t)) - (n - x0)
         return error.square().flatten(1).mean(1)
 
     def grid(self, steps, shift=1.0, official=False):
-        """Falling times from 1 to 0 for `steps` calls, evenly spaced and then shifted. (steps + 1,) float64.
+        """Falling times from 1 to 0 for `steps` calls, evenly spaced, then shifted (Sec. 5.3). (steps + 1,) float64.
 
         official: as in the code of SD3 and in diffusers. There the calls are spread evenly between the ends of an
         already shifted table of 1000 times, shifted again, and the 0 is appended.
@@ -105,7 +119,7 @@ class RectifiedFlow(nn.Module):
 
     @torch.no_grad()
     def reverse(self, net, n, grid):
-        """Euler's method from noise n (B, C, H, W). Yields (t, x_s, x_0 estimate) after every step.
+        """Euler's method from noise n (B, C, H, W), Sec. 2. Yields (t, x_s, x_0 estimate) after every step.
 
         net: v(x_t, 1000 t), guided or not; see `guided`.
         """
@@ -116,67 +130,39 @@ class RectifiedFlow(nn.Module):
             yield float(t), x, x0
 
     def sample(self, net, n, grid):
-        """Images in about [-1, 1] from noise. (B, C, H, W) -> (B, C, H, W)."""
+        """Images in about [-1, 1] from noise, by `reverse` (Sec. 2). (B, C, H, W) -> (B, C, H, W)."""
         for _, x, _ in self.reverse(net, n, grid):
             pass
         return x
 
 
-# Copied from lesson_39/model.py: network_time
-def network_time(t):
-    """What the network receives as time: its embedding is made for 0 to 1000. (B,) -> (B,) float32."""
-    return (1000 * t).float()
-
-
-# Copied from lesson_05/model.py: image
-def image(values):
-    """(B,) -> (B, 1, 1, 1) float32, to multiply images with."""
-    return values.float()[:, None, None, None]
-
-
 # ------------------------------------------------------------------ the condition: three encoders, guidance
-# Copied from lesson_05/sublesson_c/model.py: drop
-def drop(c, null, p):
-    """Replace each sample's condition by `null` with probability p: a coin for every sample, not one for the batch.
-
-    c (B, ...), null the same shape or one that broadcasts to it -> (B, ...).
-    """
-    dropped = torch.rand(len(c), device=c.device) < p
-    return torch.where(dropped.view(-1, *[1] * (c.dim() - 1)), null, c)
-
-
 def for_encoders(c, null, p=0.0):
-    """A caption for each of the three encoders, each dropped with probability p by a coin of its own.
+    """A caption for each of the three encoders (Sec. 4), each dropped with probability p by a coin of its own.
 
     c (B, L), null (L,) -> (B, 3, L). All three are dropped in a share p^3 of the samples: they learn "no caption".
     """
     return drop(c.repeat_interleave(3, dim=0), null, p).unflatten(0, (len(c), 3))
 
 
-# Copied from lesson_05/sublesson_c/model.py: given
-def given(net, c):
-    """The network with its condition filled in: v(x_t, 1000 t, c) as the function of x_t and 1000 t that we call."""
-    return lambda xt, t: net(xt, t, c)
-
-
-# Copied from lesson_05/sublesson_c/model.py: guided
+# Adapted from lesson_05/sublesson_c/model.py: guided -- the network's answers are velocities
 def guided(net, c, null, w=1.0):
-    """v = v_u + w (v_c - v_u), as a function of x_t and 1000 t; two network calls unless w is 0 or 1.
+    """v = v_u + w (v_c - v_u) (CFG, Eq. 6), as a function of x_t and 1000 t; two network calls unless w is 0 or 1.
 
     c, null (B, ...): the condition and its absence. w = 0: no condition; w = 1: the plain conditional network.
     """
     if w in (0, 1):
         return given(net, c if w else null)
 
-    def eps(xt, t):
-        eps_c, eps_u = net(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([c, null])).chunk(2)
-        return eps_u + w * (eps_c - eps_u)
+    def velocity(xt, t):
+        v_c, v_u = net(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([c, null])).chunk(2)
+        return v_u + w * (v_c - v_u)
 
-    return eps
+    return velocity
 
 
 class TextEncoders(nn.Module):
-    """In the place of CLIP-L, CLIP-G, T5: two bags of words (a pooled vector) and a small transformer (tokens).
+    """Instead of CLIP-L, CLIP-G, T5 (Sec. 4): two bags of words (a pooled vector), a small transformer (tokens).
 
     vocabulary  words, start token and padding included
     length      longest caption, start token included
@@ -195,8 +181,72 @@ class TextEncoders(nn.Module):
 
 
 # ------------------------------------------------------------------ the network: Section 4
+# Adapted from lesson_23/model.py: Block -- adaLN-Zero in two halves: attention happens outside, between streams
+class Stream(nn.Module):
+    """The weights that one kind of token has in a block (Fig. 2b); as a whole the identity at the start.
+
+    last  nothing follows: queries, keys and values only ("pre-only")
+    """
+
+    def __init__(self, dim, heads, qk_norm=True, last=False):
+        super().__init__()
+        self.heads, self.last = heads, last
+        self.adaln = nn.Sequential(nn.SiLU(), linear(dim, (2 if last else 6) * dim, zero=True))
+        self.norm1, self.qkv = norm(dim, affine=False), linear(dim, 3 * dim)
+        self.norm_q, self.norm_k = (nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity() for _ in "qk")
+        if not last:
+            self.out, self.norm2, self.mlp = linear(dim, dim), norm(dim, affine=False), MLP(dim)
+
+    def enter(self, x, emb):
+        """Before attention (Fig. 2b): x (B, N, D), emb (B, 2, D) -> q, k, v (B, heads, N, D / heads), the rest."""
+        shift, scale, *rest = self.adaln(emb.sum(1, keepdim=True)).chunk(2 if self.last else 6, dim=2)
+        qkv = self.qkv(modulate(self.norm1(x), shift, scale))
+        q, k, v = rearrange(qkv, "b n (k h d) -> k b h n d", k=3, h=self.heads)
+        return (self.norm_q(q), self.norm_k(k), v), rest
+
+    def attended(self, x, h, rest):
+        """Add what attention found (Fig. 2b), h (B, heads, N, D / heads). rest: as `enter` left it. (B, N, D)."""
+        return x + rest[0] * self.out(rearrange(h, "b h n d -> b n (h d)"))
+
+    def think(self, x, rest):
+        """Add the MLP (Fig. 2b). rest: as `enter` left it. (B, N, D)."""
+        _, shift, scale, gate = rest
+        return x + gate * self.mlp(modulate(self.norm2(x), shift, scale))
+
+
+class JointBlock(nn.Module):
+    """Text and image have weights of their own and one attention over both (Sec. 4, Fig. 2)."""
+
+    def __init__(self, dim, heads, qk_norm=True, last=False):
+        super().__init__()
+        self.text, self.image = Stream(dim, heads, qk_norm, last), Stream(dim, heads, qk_norm)
+
+    def enter(self, x, context, emb):
+        """q, k, v of [context; x] (Fig. 2b), each (B, heads, L + N, D / heads); what is left of both modulations."""
+        (of_text, rest_text), (of_image, rest_image) = self.text.enter(context, emb), self.image.enter(x, emb)
+        return [torch.cat(pair, dim=2) for pair in zip(of_text, of_image)], rest_text, rest_image
+
+    def forward(self, x, context, emb):
+        """x (B, N, D), context (B, L, D), emb (B, 2, D): time and pooled text -> x, context (None after the last)."""
+        qkv, rest_text, rest_image = self.enter(x, context, emb)
+        h = F.scaled_dot_product_attention(*qkv)
+        of_text, of_image = h.split([context.shape[1], x.shape[1]], dim=2)
+        x = self.image.think(self.image.attended(x, of_image, rest_image), rest_image)
+        if self.text.last:
+            return x, None
+        return x, self.text.think(self.text.attended(context, of_text, rest_text), rest_text)
+
+
+def cropped_sincos_2d(dim, h, w, grid):
+    """The place of each patch: h rows and w columns in the middle of lesson 23's grid x grid (Sec. 5.3). (h w, dim)."""
+    if max(h, w) > grid:
+        raise ValueError(f"an image of {h} x {w} patches does not fit into grid={grid}")
+    rows, columns = (slice((grid - side) // 2, (grid - side) // 2 + side) for side in (h, w))
+    return sincos_2d(dim, grid, grid).unflatten(0, (grid, grid))[rows, columns].flatten(0, 1)
+
+
 class MMDiT(nn.Module):
-    """A transformer over two streams of tokens, text and image patches.
+    """A transformer over two streams of tokens, text and image patches (Sec. 4, Fig. 2a).
 
     vocabulary, length, bags, context   of the text encoders (context: numbers a token)
     dim, depth, heads  width of a token, number of blocks, heads of their attention (the paper: 64 depth, depth, depth)
@@ -221,174 +271,9 @@ class MMDiT(nn.Module):
         """x (B, C, H, W), t (B,) 1000 times the time, c (B, 3, L) int -> the velocity, (B, C, H, W)."""
         h, w = (side // self.patch for side in x.shape[2:])
         x = self.stem(patchify(x, self.patch))                              # (B, N, D)
-        x = x + sincos_2d(x.shape[2], h, w, self.grid).to(x)
+        x = x + cropped_sincos_2d(x.shape[2], h, w, self.grid).to(x)
         tokens, pooled = self.text(c)
         context, emb = self.context(tokens), torch.stack([self.time(t), self.pooled(pooled)], dim=1)
         for block in self.blocks:
             x, context = block(x, context, emb)
         return unpatchify(self.final(x, emb), self.patch, h)
-
-
-# Adapted from lesson_23/model.py: Block -- adaLN-Zero in two halves: attention happens outside, between streams
-class Stream(nn.Module):
-    """The weights that one kind of token has in a block; as a whole the identity at the start.
-
-    last  nothing follows: queries, keys and values only ("pre-only")
-    """
-
-    def __init__(self, dim, heads, qk_norm=True, last=False):
-        super().__init__()
-        self.heads, self.last = heads, last
-        self.adaln = nn.Sequential(nn.SiLU(), linear(dim, (2 if last else 6) * dim, zero=True))
-        self.norm1, self.qkv = norm(dim, affine=False), linear(dim, 3 * dim)
-        self.norm_q, self.norm_k = (nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity() for _ in "qk")
-        if not last:
-            self.out, self.norm2, self.mlp = linear(dim, dim), norm(dim, affine=False), MLP(dim)
-
-    def enter(self, x, emb):
-        """x (B, N, D), emb (B, 2, D) -> q, k, v, each (B, heads, N, D / heads), and what `attended`, `think` need."""
-        shift, scale, *rest = self.adaln(emb.sum(1, keepdim=True)).chunk(2 if self.last else 6, dim=2)
-        qkv = self.qkv(modulate(self.norm1(x), shift, scale))
-        q, k, v = rearrange(qkv, "b n (k h d) -> k b h n d", k=3, h=self.heads)
-        return (self.norm_q(q), self.norm_k(k), v), rest
-
-    def attended(self, x, h, rest):
-        """Add what attention found, h (B, heads, N, D / heads)."""
-        return x + rest[0] * self.out(rearrange(h, "b h n d -> b n (h d)"))
-
-    def think(self, x, rest):
-        """Add the MLP."""
-        _, shift, scale, gate = rest
-        return x + gate * self.mlp(modulate(self.norm2(x), shift, scale))
-
-
-class JointBlock(nn.Module):
-    """Text and image have weights of their own and one attention over both, Fig. 2."""
-
-    def __init__(self, dim, heads, qk_norm=True, last=False):
-        super().__init__()
-        self.text, self.image = Stream(dim, heads, qk_norm, last), Stream(dim, heads, qk_norm)
-
-    def enter(self, x, context, emb):
-        """q, k, v over the tokens [context; x], each (B, heads, L + N, D / heads); what is left of both modulations."""
-        (of_text, rest_text), (of_image, rest_image) = self.text.enter(context, emb), self.image.enter(x, emb)
-        return [torch.cat(pair, dim=2) for pair in zip(of_text, of_image)], rest_text, rest_image
-
-    def forward(self, x, context, emb):
-        """x (B, N, D), context (B, L, D), emb (B, 2, D): time and pooled text -> x, context (None after the last)."""
-        qkv, rest_text, rest_image = self.enter(x, context, emb)
-        h = F.scaled_dot_product_attention(*qkv)
-        of_text, of_image = h.split([context.shape[1], x.shape[1]], dim=2)
-        x = self.image.think(self.image.attended(x, of_image, rest_image), rest_image)
-        if self.text.last:
-            return x, None
-        return x, self.text.think(self.text.attended(context, of_text, rest_text), rest_text)
-
-
-# Copied from lesson_23/model.py: FinalLayer
-class FinalLayer(nn.Module):
-    """A last norm, adaptive if the blocks' are, and a linear decoder from a token to its patch. All starts at 0."""
-
-    def __init__(self, dim, out, adaptive=True):
-        super().__init__()
-        self.norm, self.linear = norm(dim, affine=not adaptive), linear(dim, out, zero=True)
-        self.adaln = nn.Sequential(nn.SiLU(), linear(dim, 2 * dim, zero=True)) if adaptive else None
-
-    def forward(self, x, emb):
-        """x (B, N, D), emb (B, 2, D) -> (B, N, out)."""
-        shift, scale = self.adaln(emb.sum(1, keepdim=True)).chunk(2, dim=2) if self.adaln else (0, 0)
-        return self.linear(modulate(self.norm(x), shift, scale))
-
-
-# Copied from lesson_23/model.py: MLP
-class MLP(nn.Module):
-    """Two linear layers with a GELU (its tanh form) between, four times as wide."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.into, self.out = linear(dim, 4 * dim), linear(4 * dim, dim)
-
-    def forward(self, x):
-        """(..., D) -> (..., D)."""
-        return self.out(F.gelu(self.into(x), approximate="tanh"))
-
-
-# Copied from lesson_23/model.py: TimestepEmbedder
-class TimestepEmbedder(nn.Module):
-    """A vector for a time: sines and cosines, then two layers, started with a deviation of 0.02."""
-
-    def __init__(self, dim, frequencies=256):
-        super().__init__()
-        self.frequencies = frequencies
-        self.into, self.out = linear(frequencies, dim), linear(dim, dim)
-        for layer in (self.into, self.out):
-            nn.init.normal_(layer.weight, std=0.02)
-
-    def forward(self, t):
-        """(B,) -> (B, D)."""
-        return self.out(F.silu(self.into(time_embedding(t, self.frequencies))))
-
-
-# Copied from lesson_23/model.py: modulate
-def modulate(x, shift, scale):
-    """x (B, N, D), normalised, scaled by 1 + scale and shifted; both (B, 1, D). A scale of 0 changes nothing."""
-    return x * (1 + scale) + shift
-
-
-# Copied from lesson_23/model.py: norm
-def norm(dim, affine):
-    """LayerNorm over the channels of a token; its own scale and shift are left out where the condition gives them."""
-    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
-
-
-# Copied from lesson_23/model.py: time_embedding
-def time_embedding(t, dim):
-    """Cosines, then sines, of t at dim / 2 frequencies from 1 down towards 1/10000. (B,) -> (B, dim)."""
-    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angle = t.float()[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-
-# Copied from lesson_23/model.py: patchify
-def patchify(x, patch):
-    """(B, C, H, W) -> (B, N, C patch^2): one row for each patch. With `stem` a convolution of stride `patch`."""
-    if x.shape[2] % patch or x.shape[3] % patch:
-        raise ValueError(f"patch={patch} does not divide an image of {x.shape[2]} x {x.shape[3]}")
-    return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
-
-
-# Copied from lesson_23/model.py: unpatchify
-def unpatchify(x, patch, h):
-    """(B, N, patch^2 C) -> (B, C, H, W) for h rows of patches. Channels are the innermost here, the outermost above."""
-    return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=patch, q=patch)
-
-
-# Adapted from lesson_23/model.py: sincos_2d -- the middle of a larger grid
-def sincos_2d(dim, h, w, grid):
-    """The place of each patch: h rows and w columns from the middle of grid x grid. (h w, dim) float64; not learned.
-
-    The first half of the channels tells the column, the second the row: dim / 4 sines, then dim / 4 cosines.
-    """
-    if max(h, w) > grid:
-        raise ValueError(f"an image of {h} x {w} patches does not fit into grid={grid}")
-
-    def sincos(place):
-        angle = place[:, None] / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-        return torch.cat([angle.sin(), angle.cos()], dim=1)                 # (h w, dim / 2)
-
-    row, column = torch.meshgrid((grid - h) // 2 + torch.arange(h), (grid - w) // 2 + torch.arange(w), indexing="ij")
-    return torch.cat([sincos(column.flatten()), sincos(row.flatten())], dim=1)
-
-
-# Copied from lesson_05/model.py: linear
-def linear(c_in, c_out, zero=False):
-    """A linear layer, started as the official code starts it."""
-    return initialised(nn.Linear(c_in, c_out), zero)
-
-
-# Copied from lesson_05/model.py: initialised
-def initialised(layer, zero=False):
-    """The official code's start: uniform with variance 2 / (fan in + fan out), or 0; biases 0."""
-    nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
