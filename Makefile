@@ -29,6 +29,6 @@ lesson_%: .venv/.reader FORCE
 	cd $(call folder,$@) && $(CURDIR)/$(BIN)/python sample.py n=2048 metrics=true
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 FORCE:

@@ -28,33 +28,48 @@ UTILS = importlib.util.find_spec("utils").origin
 assert Path(UTILS).is_relative_to(ROOT), f"these are the tests of {ROOT}, but utils is {UTILS}"
 
 
-# ------------------------------------------------------------------ who shares a process (pytest -n 2 --dist loadgroup)
+# ------------------------------------------------------------------ pytest -n auto: who shares a process, and when
 FIRST = ("test_utils_run",)                            # starts processes, two at a time: early, and never beside itself
 
 
-def group(item):
+def group(nodeid):
     """All tests of one lesson, whatever their file, run one after the other in one process; so does any other file."""
-    file = item.path.stem
-    if match := re.fullmatch(r"test_(?:lesson|claims)_(\w+)", file):
-        return f"lesson {match[1]}"
-    if file in ("test_lessons", "test_tools_notebook") and hasattr(item, "callspec"):
-        values = item.callspec.params                  # `entry` of the register, or a lesson's folder
-        folder = values["entry"]["folder"] if "entry" in values else str(values.get("lesson"))
-        if match := re.fullmatch(r"lesson_(\d+)(?:/sublesson_(\w))?", folder):
-            return f"lesson {match[1]}{match[2] or ''}"
-    return file
+    path, _, test = nodeid.partition("::")
+    file = Path(path).stem
+    pattern, where = {"test_lessons": (r"\[()(\d\d[a-z]?)[-\]]", test),
+                      "test_tools_notebook": (r"\[lesson_(\d\d)(?:/sublesson_)?([a-z]?)\]$", test),
+                      }.get(file, (r"^test_(?:lesson|claims)_()(\d\d[a-z]?)$", file))
+    match = re.search(pattern, where)
+    return "lesson " + "".join(match.groups()) if match else file
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Groups stay together in the order of the run: first the longest, then the lessons, then what is short."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    place = {}
-    for item in items:
-        name = item.get_closest_marker("xdist_group").args[0]
-        place.setdefault(name, (name not in FIRST, not name.startswith("lesson"), name))
-    items.sort(key=lambda item: place[item.get_closest_marker("xdist_group").args[0]])
+    def place(item):
+        name = group(item.nodeid)
+        return name not in FIRST, not name.startswith("lesson"), name
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One process a core, of one thread; four hold as much memory as a laptop can spare."""
+    from utils.parallel import cores
+
+    return min(4, cores())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Whoever is done takes the next group. (The mark xdist_group does nothing under pytest 9.2 and xdist 3.8.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        _split_scope = staticmethod(group)
+
+    config.option.loadscopereorder = False
+    return Groups(config, log)
 
 
 # ------------------------------------------------------------------ modules of lessons

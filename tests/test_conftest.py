@@ -4,8 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-from conftest import ROOT, load
+import pytest
+
+from conftest import ROOT, group, load, pytest_xdist_make_scheduler
 
 
 def test_processes_take_utils_from_this_checkout(tmp_path):
@@ -41,3 +44,48 @@ def test_lessons_do_not_see_each_others_modules(tmp_path):
     assert (first.model.WHO, second.model.WHO) == ("1", "2")
     assert first.model.earlier is not second.model.earlier and load(one, "earlier") is first.model.earlier
     assert load(one, "model") is first.model and not {"earlier", "model", "train"} & set(sys.modules)
+
+
+# ------------------------------------------------------------------ pytest -n auto
+@pytest.mark.parametrize("nodeid, name", [
+    ("tests/test_lesson_05.py::test_a[x]", "lesson 05"), ("tests/test_claims_05a.py::test_b", "lesson 05a"),
+    ("tests/test_lessons.py::test_c[05a-model.py]", "lesson 05a"), ("tests/test_lessons.py::test_c[05]", "lesson 05"),
+    ("tests/test_lessons.py::test_d[config.py]", "test_lessons"), ("tests/test_lessons.py::test_e", "test_lessons"),
+    ("tests/test_tools_notebook.py::test_f[lesson_05/sublesson_a]", "lesson 05a"),
+    ("tests/test_tools_notebook.py::test_f[lesson_05]", "lesson 05"),
+    ("tests/test_tools_notebook.py::test_g[lesson_05 x]", "test_tools_notebook"),
+    ("tests/test_utils_run.py::test_h[lesson_05]", "test_utils_run"),
+])
+def test_who_shares_a_process(nodeid, name):
+    assert group(nodeid) == name
+
+
+class Node:
+    """What the scheduler sees of a process of xdist."""
+
+    shutting_down = False
+
+    def __init__(self, name):
+        self.gateway, self.sent = SimpleNamespace(id=name), []
+
+    def send_runtest_some(self, indices):
+        self.sent += indices
+
+    def shutdown(self):
+        self.shutting_down = True
+
+
+def test_scheduler_hands_out_groups():
+    """Two lessons with tests in three files, two processes: each gets a whole lesson, not every second test."""
+    log = pytest.importorskip("xdist.remote").Producer("test", enabled=False)
+    config = SimpleNamespace(option=SimpleNamespace(), getvalue=lambda name: ["popen"] * 2)
+    scheduler = pytest_xdist_make_scheduler(config, log)
+    tests = [f"tests/{file}" for number in ("01", "02") for file in (
+        f"test_lesson_{number}.py::a", f"test_lesson_{number}.py::b", f"test_lessons.py::c[{number}]",
+        f"test_claims_{number}.py::d")]
+    nodes = [Node("gw0"), Node("gw1")]
+    for node in nodes:
+        scheduler.add_node(node)
+        scheduler.add_node_collection(node, tests)
+    scheduler.schedule()
+    assert [node.sent for node in nodes] == [[0, 1, 2, 3], [4, 5, 6, 7]]
