@@ -4,32 +4,16 @@
     python reproduce.py quick=true          a look at it, no verdict
     python reproduce.py train.lr=1e-3       other values for all arms; without publish=true to runs/claim
 
-The criteria were written down before the numbers were seen. To spend the minutes where they count, every arm goes on
-from the published network, which learned with sigma_1 from the data; an arm with a small sigma_1 starts ahead by that.
+To spend the minutes where they count, every arm goes on from the published network, which learned with sigma_1 from
+the data; an arm with a small sigma_1 starts ahead by that. The learning rate is constant after a warm-up of 100 steps,
+as in the paper, and the average of an arm starts with the arm. The criteria, in `main`, were written down before the
+numbers were seen. A first, smaller run failed (b), (c) and (d): README has both side by side.
 
-(a) The solvers return the constants reported for the paper's models: Technique 4 the step sizes 6.2e-6 (CIFAR-10:
-    sigma_1 = 50, 232 levels, T = 5) and 3.3e-6 (CelebA: 90, 500, 5) to both digits, and the overlap of Technique 2
-    is within 0.1 of 0.5 for both sequences of levels.
-(b) Technique 5. Trained with a constant learning rate as in the paper; sampled from the same noise at the last
-    snapshots of the training, once with the weights as they are and once with their average: in every seed the FID
-    of the averaged weights has the lower mean and the lower standard deviation over the snapshots, and the gap between
-    the means is above 3 pooled standard deviations over the seeds.
-(c) The last denoising step, with the published network: in every sampling seed FID-low (of first-layer statistics)
-    falls by more than 10 %, and the share by which FID changes is less than a third of that.
-(d) Technique 1. Of networks trained alike, those with sigma_1 = 1 have, in every seed, a lower recall than those with
-    sigma_1 from the data, and classes further from the test set's (total variation); both gaps are above 3 pooled
-    standard deviations over the seeds.
-
-A first, smaller run (T = 2, two snapshots, 120 steps an arm) failed (b), (c) and (d); in (d) sigma_1 = 1 was ahead. The
-criteria are as they were. T went up to 3, the snapshots to 3, the steps to 160, and (d) got a look without a verdict:
-the same two sigma_1 with the exact score of 2,000 training images. README has both runs side by side.
-
-"Constant" is the learning rate after a warm-up of 100 steps. The average of an arm starts with the arm.
+Measured without a verdict: the same two sigma_1 with the exact score of 2,000 training images; the noise of the last
+level on training images; the published network's loss by level.
 """
 
-import math
 import statistics
-import time
 
 import torch
 
@@ -47,200 +31,159 @@ from model import (
 )
 from sample import draw
 from utils import (
-    Run,
-    Weights,
+    Claim,
+    arm_weights,
+    below,
     cli,
+    deviation,
     digits,
     fid_to_test,
     figure,
     floor,
-    parallel,
+    published,
     save_figure,
     save_strip,
     score,
-    trained,
-    write_json,
+    seeded,
 )
 
 # Reported for the paper's models: pixels, sigma_1, levels, T, step size. sigma_L is 0.01.
 PAPER = {"CIFAR-10": (3 * 32 ** 2, 50, 232, 5, 6.2e-6), "CelebA 64 x 64": (3 * 64 ** 2, 90, 500, 5, 3.3e-6)}
+DATA, SMALL = "from the data", "small"                 # the two arms, by their sigma_1
+KINDS = ("raw", "ema")                                 # weights as they are, and averaged
 
 
 def main(argv=None):
-    run = Run(__file__, argv)
-    cfg = run.config.reproduce
-    start = time.perf_counter()
-    run.open_folder("claim")
-    seeds = range(cfg.seeds)
-    arms = [(run.argv, sigma_1, seed) for sigma_1 in (run.config.ncsn.sigma_1, cfg.small_sigma_1) for seed in seeds]
-    folders = dict(zip([arm[1:] for arm in arms], parallel(train_arm, arms, cfg.workers)))
+    claim = Claim(__file__, argv)
+    run, cfg = claim.run, claim.cfg
     last = [cfg.steps - cfg.every * back for back in reversed(range(cfg.snapshots))]
-    jobs = [(f"{kind} {step} {seed}", folders[run.config.ncsn.sigma_1, seed] / f"{kind}_{step:06d}.safetensors", seed)
-            for seed in seeds for step in last for kind in ("raw", "ema")]
-    jobs += [(f"small {seed}", folders[cfg.small_sigma_1, seed] / f"ema_{last[-1]:06d}.safetensors", seed)
-             for seed in seeds]
-    jobs += [(f"published {seed}", published(run, folders), seed) for seed in seeds]
-    measured = {}
-    for (name, *_), row in zip(jobs, parallel(measure, [(run.argv, *job) for job in jobs], cfg.workers)):
-        measured[name] = row
-        run.say(f"{name:15} " + "  ".join(f"{key} {value:.3f}" for key, value in row.items() if key in SHOWN))
-    claim = {
-        "constants": constants(run), "averaging": averaging(measured, last, cfg.seeds),
-        "denoising": denoising(measured, cfg),
-        "sigma_1": {**largest_noise(measured, last[-1], cfg.seeds), "exact": exact_scores(run)},
-        "by_level": by_level(run, published(run, folders)),
-        "n": cfg.n, "langevin_steps": cfg.sample_steps, "floor": floor(cfg.n), "floor_low": floor(cfg.n, True),
-        "train_steps": cfg.steps, "rows": measured,
-        "minutes": round((time.perf_counter() - start) / 60, 1),
-    }
-    for name in ("constants", "averaging", "denoising", "sigma_1"):
-        claim[name]["verdict"] = verdict(claim[name]["holds"], cfg)
-    run.say(text(claim))
-    run.output(save_json, claim, "claim.json")
-    run.output(plot, claim, "claim.png")
+    arms = {DATA: [f"sigma_1={run.config.ncsn.sigma_1}"], SMALL: [f"sigma_1={cfg.small_sigma_1}"]}
+    claim.train(arms, train=train.main, keys=["gpu=false", f"start={cfg.start}", f"steps={cfg.steps}", "decay=false",
+                                              f"snapshot_every={cfg.every}"])
+    rows = claim.each(snapshot, [*({"arm": DATA, "kind": kind, "step": step} for step in last for kind in KINDS),
+                                 {"arm": SMALL, "kind": "ema", "step": last[-1]}], seed=claim.seeds)
+    ends = claim.each(last_step, network="published", seed=claim.seeds)
+
+    known = constants(train.settings(run.config.ncsn))
+    claim.exact("a1", "Technique 4 gives the step sizes reported for the paper's two models, to both digits",
+                paper="6.2e-6 for CIFAR-10, 3.3e-6 for CelebA",
+                holds=all(f"{row['epsilon']:.1e}" == f"{row['reported']:.1e}" for row in known["paper"].values()))
+    claim.judge("a2", "The levels reported for these models overlap by the 0.5 of Technique 2, to within 0.1",
+                paper="about 0.5", rule="computed, not drawn",
+                holds=all(abs(row["overlap"] - 0.5) < 0.1 for row in known["paper"].values()))
+    claim.judge("b1", "Averaged weights have a lower mean FID over the last snapshots of a training",
+                paper="lower FIDs with the average (Technique 5)", holds=calmer(rows, statistics.mean))
+    claim.judge("b2", "The FID of averaged weights varies less from snapshot to snapshot",
+                paper="the average holds FIDs still (Technique 5)", holds=calmer(rows, deviation))
+    low, high = (shares(ends, key) for key in ("fid_low", "fid"))
+    claim.judge("c1", "The last denoising step takes more than a tenth off FID-low, the FID of first-layer statistics",
+                holds=below(*(ends.values(key, network="published") for key in ("fid_low", "fid_low_noisy")), 0.9))
+    claim.judge("c2", "The last step changes FID by less than a third of the share by which FID-low falls",
+                holds=below([abs(share) for share in high], low, 1 / 3))
+    averaged = rows.where(kind="ema", step=last[-1])
+    claim.judge("d1", "With sigma_1 = 1 the samples have a lower recall than with sigma_1 from the data",
+                paper="a small sigma_1 gives less diverse samples (Sec. 3.1)",
+                holds=averaged.above(DATA, SMALL, "recall"))
+    claim.judge("d2", "With sigma_1 = 1 their classes are further from those of the test set",
+                paper="a small sigma_1 gives less diverse samples (Sec. 3.1)",
+                holds=averaged.above(SMALL, DATA, "off"))
+
+    claim.note("constants", known)
+    claim.note("training_images", noised_training_images(cfg.n))
+    claim.note("exact_score", exact_scores(run))
+    claim.note("by_level", by_level(run))
+    claim.note("floor", {"fid": floor(cfg.n), "fid_low": floor(cfg.n, True)})
     run.output(techniques, claim, "techniques.png")
-    run.output(save_strip, grids(run, folders, last[-1]), "arms.png")
-    run.record("claim", **{key: value for key, value in claim.items() if key != "rows"})
-    return claim
+    run.output(save_strip, grids(run, last[-1]), "arms.png")
+    return claim.finish(plot=plot, n=cfg.n)
 
 
-SHOWN = ("fid", "fid_low", "fid_noisy", "fid_low_noisy", "recall")
+def calmer(rows, statistic):
+    """(b): of the FIDs of a training's snapshots, this statistic is lower for the averaged weights."""
+    raw, ema = ([statistic(row) for row in of_each_seed(rows, kind)] for kind in KINDS)
+    return below(ema, raw)
 
 
-# Copied from lesson_05/reproduce.py: save_json
-def save_json(claim, path):
-    """claim.json; infinities, which JSON does not have, become null."""
-    def plain(value):
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    write_json(path, plain(claim))
-    return path
+def of_each_seed(rows, kind, key="fid"):
+    """One list a seed: the values of its snapshots, in the order of the steps."""
+    return [list(values) for values in zip(*rows.by("step", key, arm=DATA, kind=kind).values())]
 
 
-# Copied from lesson_05/reproduce.py: verdict
-def verdict(holds, cfg):
-    """One of the two verdicts, or none if there were too few seeds for one."""
-    if cfg.quick or cfg.smoke or cfg.seeds < 3:
-        return "no verdict from a quick look"
-    return "reproduced" if holds else "not reproduced at this scale"
+def shares(rows, key):
+    """The share by which the last step lowers a number, of every seed."""
+    return [1 - row[key] / row[f"{key}_noisy"] for row in rows.where(network="published")]
 
 
-# ------------------------------------------------------------------ the arms
-def train_arm(argv, sigma_1, seed):
-    """Train one arm (or take it from an earlier call); the folder with its snapshots."""
-    run = Run(__file__, argv)
-    cfg, folder = run.config.reproduce, run.open_folder("claim")
-    own = [a for a in argv if a.split("=")[0].split(".")[0] in ("train", "device", "smoke")]
-    return trained(train.main, folder / f"sigma_{sigma_1}_{seed}", [
-        *own, "gpu=false", f"start={cfg.start}", f"sigma_1={sigma_1}", f"seed={seed}", f"steps={cfg.steps}",
-        "decay=false", "preview_every=0", f"snapshot_every={cfg.every}"], run.lesson).parent
-
-
-def published(run, folders):
-    """The lesson's published network; in smoke mode, or where there is none, the first arm's."""
-    path = run.lesson / "results" / "weights.safetensors"
-    if run.config.reproduce.smoke or not path.exists():
-        path = folders[run.config.ncsn.sigma_1, 0] / "weights.safetensors"
-        run.say(f"the network of (c) is {path.parent}")
-    return path
-
-
-def load(run, path):
+# ------------------------------------------------------------------ what is measured
+def load(run, weights):
     """Process and network of a weights file."""
-    weights = Weights(path, run.name)
     return run.place(NCSNv2(**weights.config["ncsn"]), weights.load(ScoreNet(**weights.config["scorenet"])))
 
 
-def measure(argv, name, path, seed):
-    """Scores of n samples of a weights file, and the two FIDs of the same chains without the last step."""
-    run = Run(__file__, argv)
-    cfg, _ = run.config.reproduce, run.open_folder("claim")
-    ncsn, net = load(run, path)
-    noisy = to_unit(draw(ncsn, net, cfg.n, cfg.sample_steps, torch.Generator().manual_seed(seed), denoise=False))
+def saved_at(run, arm, kind, step, seed):
+    """Process and network of a snapshot of an arm."""
+    return load(run, run.read(arm_weights(run, arm, seed).path.parent / f"{kind}_{step:06d}.safetensors"))
+
+
+def snapshot(run, arm, kind, step, seed):
+    """Scores of n samples of a snapshot."""
+    return measure(run, *saved_at(run, arm, kind, step, seed), seed)
+
+
+def last_step(run, network, seed):
+    """The same of the published network."""
+    return measure(run, *load(run, published(run, DATA)), seed)
+
+
+def measure(run, ncsn, net, seed):
+    """Scores of n samples, and the two FIDs of the same chains without the last step."""
+    cfg = run.config.reproduce
+    noisy = to_unit(draw(ncsn, net, cfg.n, cfg.sample_steps, seeded(seed), denoise=False))
     x = from_unit(torch.cat([ncsn.last_step(net, part) for part in noisy.split(128)])).nan_to_num()
     noisy, scores = from_unit(noisy).nan_to_num(), score(x)
+    off = sum(abs(a - b) for a, b in zip(scores["classes"], of_the_test_set())) / 2               # total variation
     return {"fid": scores["fid"], "fid_low": scores["fid_low"], "fid_noisy": fid_to_test(noisy),
             "fid_low_noisy": fid_to_test(noisy, low=True), "recall": scores["recall"],
-            "precision": scores["precision"], "classes": scores["classes"]}
+            "precision": scores["precision"], "classes": scores["classes"], "off": off}
 
 
-def grids(run, folders, step):
+def of_the_test_set():
+    """The shares of the ten digits among the test images."""
+    return (torch.bincount(digits("test").first(10_000)[1], minlength=10) / 10_000).tolist()
+
+
+def grids(run, step):
     """Rows of samples from the same noise: raw and averaged weights, and averaged ones with a small sigma_1."""
-    cfg, rows = run.config.reproduce, []
-    for sigma_1, kind in ((run.config.ncsn.sigma_1, "raw"), (run.config.ncsn.sigma_1, "ema"),
-                          (cfg.small_sigma_1, "ema")):
-        ncsn, net = load(run, folders[sigma_1, 0] / f"{kind}_{step:06d}.safetensors")
-        rows += draw(ncsn, net, 32, cfg.sample_steps, run.generator()).nan_to_num().chunk(2)
+    rows = []
+    for arm, kind in ((DATA, "raw"), (DATA, "ema"), (SMALL, "ema")):
+        ncsn, net = saved_at(run, arm, kind, step, 0)
+        rows += draw(ncsn, net, 32, run.config.reproduce.sample_steps, run.generator()).nan_to_num().chunk(2)
     return rows
 
 
 # ------------------------------------------------------------------ (a) Techniques 2 and 4
-def constants(run):
-    """What the solvers give for the paper's two models and for the published network's levels."""
+def constants(levels):
+    """What the solvers give for the paper's two models and for these levels of MNIST: sigma_1 and sigma_L."""
     table = {}
-    for name, (dim, sigma_1, levels, T, reported) in PAPER.items():
-        gamma = (sigma_1 / 0.01) ** (1 / (levels - 1))
-        table[name] = {"dim": dim, "sigma_1": sigma_1, "levels": levels, "T": T, "gamma": gamma,
+    for name, (dim, sigma_1, count, T, reported) in PAPER.items():
+        gamma = (sigma_1 / 0.01) ** (1 / (count - 1))
+        table[name] = {"dim": dim, "sigma_1": sigma_1, "levels": count, "T": T, "gamma": gamma,
                        "overlap": overlap(gamma, dim), "epsilon": solve_step_size(0.01, gamma, T),
                        "reported": reported, "levels_at_half": len(noise_levels(sigma_1, 0.01, spacing(dim)))}
-    levels = train.settings(run.config.ncsn)
     ncsn = NCSNv2(**levels)
-    mnist = {"dim": 784, "sigma_1": levels.sigma_1, "levels": ncsn.levels, "gamma": ncsn.gamma,
-             "overlap": overlap(ncsn.gamma, 784), "sigma_L": levels.sigma_L,
-             "epsilon": {T: solve_step_size(levels.sigma_L, ncsn.gamma, T) for T in (3, 5, 10)}}
-    holds = all(f"{row['epsilon']:.1e}" == f"{row['reported']:.1e}" and abs(row["overlap"] - 0.5) < 0.1
-                for row in table.values())
-    return {"paper": table, "mnist": mnist, "holds": holds}
+    return {"paper": table, "mnist": {
+        "dim": 784, "sigma_1": levels.sigma_1, "levels": ncsn.levels, "gamma": ncsn.gamma,
+        "overlap": overlap(ncsn.gamma, 784), "sigma_L": levels.sigma_L,
+        "epsilon": {str(T): solve_step_size(levels.sigma_L, ncsn.gamma, T) for T in (3, 5, 10)}}}
 
 
-# ------------------------------------------------------------------ (b) Technique 5
-def averaging(measured, steps, seeds):
-    """FID at every snapshot with and without averaging; means and deviations over the snapshots of a seed."""
-    table = {}
-    for kind in ("raw", "ema"):
-        fid = [[measured[f"{kind} {step} {seed}"]["fid"] for step in steps] for seed in range(seeds)]
-        low = [[measured[f"{kind} {step} {seed}"]["fid_low"] for step in steps] for seed in range(seeds)]
-        table[kind] = {"fid": fid, "fid_low": low, "mean": [statistics.mean(row) for row in fid],
-                       "std": [deviation(row) for row in fid], "mean_low": [statistics.mean(row) for row in low]}
-    raw, ema = table["raw"], table["ema"]
-    lower = all(e < r for key in ("mean", "std") for e, r in zip(ema[key], raw[key]))
-    return {"steps": steps, **table, "lower_in_every_seed": lower, **gap(raw["mean"], ema["mean"]),
-            "holds": lower and clear(raw["mean"], ema["mean"])}
-
-
-# ------------------------------------------------------------------ (c) the last step
-def denoising(measured, cfg):
-    """FID and FID-low of the published network with and without the last step; the same noise on training images."""
-    rows = [measured[f"published {seed}"] for seed in range(cfg.seeds)]
-    share = {key: [1 - row[key] / row[f"{key}_noisy"] for row in rows] for key in ("fid", "fid_low")}
-    real, _ = digits("train").first(cfg.n, shuffle_seed=0)
-    noised = real + 2 * 0.01 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
-    control = {"fid": fid_to_test(real), "fid_noisy": fid_to_test(noised),
-               "fid_low": fid_to_test(real, low=True), "fid_low_noisy": fid_to_test(noised, low=True)}
-    holds = all(low > 0.1 and abs(fid) < low / 3 for fid, low in zip(share["fid"], share["fid_low"]))
-    return {**{key: [row[key] for row in rows] for key in ("fid", "fid_noisy", "fid_low", "fid_low_noisy")},
-            "share": share, "training_images": control, "holds": holds}
-
-
-# ------------------------------------------------------------------ (d) Technique 1
-def largest_noise(measured, step, seeds):
-    """Recall and classes of the averaged networks with sigma_1 from the data and with the small one."""
-    (_, labels), table = digits("test").first(10_000), {}
-    test = [float((labels == k).float().mean()) for k in range(10)]
-    for name, key in (("from the data", f"ema {step}"), ("small", "small")):
-        rows = [measured[f"{key} {seed}"] for seed in range(seeds)]
-        table[name] = {"recall": [row["recall"] for row in rows], "fid": [row["fid"] for row in rows],
-                       "classes": [statistics.mean(row["classes"][k] for row in rows) for k in range(10)],
-                       "off": [sum(abs(a - b) for a, b in zip(row["classes"], test)) / 2 for row in rows]}
-    data, small = table["from the data"], table["small"]
-    recall = all(s < d for s, d in zip(small["recall"], data["recall"])) and clear(data["recall"], small["recall"])
-    classes = all(s > d for s, d in zip(small["off"], data["off"])) and clear(small["off"], data["off"])
-    return {**table, "test_classes": test, "recall_holds": recall, "classes_hold": classes,
-            "holds": recall and classes}
+# ------------------------------------------------------------------ (c) and (d) without a network's error
+def noised_training_images(n):
+    """FID and FID-low of training images, and with the noise of the last level on them."""
+    real, _ = digits("train").first(n, shuffle_seed=0)
+    noised = real + 2 * 0.01 * torch.randn(real.shape, generator=seeded(0))
+    return {"fid": fid_to_test(real), "fid_noisy": fid_to_test(noised),
+            "fid_low": fid_to_test(real, low=True), "fid_low_noisy": fid_to_test(noised, low=True)}
 
 
 class Exact(NCSNv2):
@@ -255,9 +198,9 @@ class Exact(NCSNv2):
 
 
 @torch.no_grad()
-def by_level(run, path):
+def by_level(run):
     """The loss at eleven levels on test images; beside it that of a network that answers with the mean image."""
-    ncsn, net = load(run, path)
+    ncsn, net = load(run, published(run, DATA))
     x0, mean = (to_unit(x) for x in (digits("test").first(256)[0], digits("train").first(10_000)[0].mean(0)))
     z, rows = torch.randn(x0.shape, generator=run.generator()), []
     for level in torch.linspace(0, ncsn.levels - 1, 11).round().long().tolist():
@@ -275,7 +218,7 @@ def exact_scores(run):
     images, labels = digits("train").first(cfg.exact_images)
     images, share = to_unit(images).flatten(1), torch.bincount(labels, minlength=10) / len(labels)
     levels = train.settings(run.config.ncsn)
-    for name, sigma_1 in (("from the data", levels.sigma_1), ("small", cfg.small_sigma_1)):
+    for name, sigma_1 in ((DATA, levels.sigma_1), (SMALL, cfg.small_sigma_1)):
         x = Exact(sigma_1, levels.sigma_L).sample(images, cfg.exact_n, cfg.sample_steps, generator=run.generator())
         found = torch.cdist(x.flatten(1), images).argmin(1)
         classes = torch.bincount(labels[found], minlength=10) / len(x)
@@ -285,78 +228,28 @@ def exact_scores(run):
     return {**table, "n": cfg.exact_n, "images": cfg.exact_images, "different_of_uniform_draws": expected}
 
 
-def gap(high, low):
-    """The gap between two arms' means over the seeds, and their pooled standard deviation."""
-    return {"gap": statistics.mean(high) - statistics.mean(low),
-            "pooled_std": ((deviation(high) ** 2 + deviation(low) ** 2) / 2) ** 0.5}
-
-
-def clear(high, low):
-    """Whether the gap is above 3 pooled standard deviations."""
-    sizes = gap(high, low)
-    return sizes["gap"] > 3 * sizes["pooled_std"]
-
-
-def deviation(values):
-    """Standard deviation; 0 for a single value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-# ------------------------------------------------------------------ what is printed and drawn
-def text(claim):
-    """The four tables with their verdicts."""
-    mnist, averages = claim["constants"]["mnist"], claim["averaging"]
-    lines = ["", f"(a) the constants: {claim['constants']['verdict']}"]
-    lines += [f"    {name:16} gamma {row['gamma']:.4f}   overlap {row['overlap']:.3f}   step size {row['epsilon']:.2e}"
-              f" (reported {row['reported']:.1e})" for name, row in claim["constants"]["paper"].items()]
-    lines += [f"    {'MNIST':16} gamma {mnist['gamma']:.4f}   overlap {mnist['overlap']:.3f}   sigma_1 "
-              f"{mnist['sigma_1']:.2f}, {mnist['levels']} levels, step size "
-              + ", ".join(f"{epsilon:.2e} (T = {T})" for T, epsilon in mnist["epsilon"].items())]
-    lines += [f"(b) averaging: {averages['verdict']}   (FID: n = {claim['n']}, floor {claim['floor']:.3f})"]
-    lines += [f"    {kind} seed {seed}: FID " + "  ".join(f"{v:8.3f}" for v in averages[kind]["fid"][seed])
-              + f"   mean {averages[kind]['mean'][seed]:.3f}, std {averages[kind]['std'][seed]:.3f}"
-              for kind in ("raw", "ema") for seed in range(len(averages[kind]["fid"]))]
-    last = claim["denoising"]
-    lines += [f"(c) the last step: {last['verdict']}   (FID-low: floor {claim['floor_low']:.3f})"]
-    lines += [f"    {name:8} without " + "  ".join(f"{v:8.3f}" for v in last[f"{key}_noisy"]) + "   with "
-              + "  ".join(f"{v:8.3f}" for v in last[key]) for name, key in (("FID", "fid"), ("FID-low", "fid_low"))]
-    lines += ["    training images with that noise: FID {fid_noisy:.3f}, without {fid:.3f}; FID-low {fid_low_noisy:.3f}"
-              ", without {fid_low:.3f}".format(**last["training_images"]),
-              f"(d) sigma_1: {claim['sigma_1']['verdict']}"]
-    for name in ("from the data", "small"):
-        arm = claim["sigma_1"][name]
-        lines += [f"    {name:14} recall " + "  ".join(f"{v:.3f}" for v in arm["recall"]) + "   classes off by "
-                  + "  ".join(f"{v:.3f}" for v in arm["off"]) + "   FID " + "  ".join(f"{v:.2f}" for v in arm["fid"])]
-    exact = claim["sigma_1"]["exact"]
-    lines += [f"    exact score of {exact['images']} images, sigma_1 {name}: {exact[name]['different']} of them in "
-              f"{exact['n']} samples (uniform draws: {exact['different_of_uniform_draws']:.0f}), classes off by "
-              f"{exact[name]['off']:.3f}" for name in ("from the data", "small")]
-    lines += ["    loss of the published network at sigma (of the mean image):  " + "  ".join(
-        f"{row['sigma']:.2g}: {row['loss']:.4f} ({row['mean_image']:.4f})" for row in claim["by_level"])]
-    return "\n".join(lines)
-
-
+# ------------------------------------------------------------------ pictures
 def plot(claim, path):
     """Three answers: does averaging calm the FID, what does the last step change, which digits come out."""
     fig, (left, middle, right) = figure(1, 3, width=4.2)
-    averages, last = claim["averaging"], claim["denoising"]
-    for kind, color in (("raw", "C3"), ("ema", "C0")):
-        for seed, fid in enumerate(averages[kind]["fid"]):
-            left.plot(averages["steps"], fid, "o-", color=color,
-                      label={"raw": "weights as they are", "ema": "averaged"}[kind] if seed == 0 else None)
-    left.set(xlabel="training step", ylabel=f"FID (n = {claim['n']})", yscale="log", title="(b) averaging the weights")
-    left.legend(fontsize=8)
-    for x, (name, key) in enumerate((("FID", "fid"), ("FID-low", "fid_low"))):
+    rows, steps = claim.rows, list(claim.rows.by("step", "fid", arm=DATA, kind="raw"))
+    for kind, color, label in (("raw", "C3", "weights as they are"), ("ema", "C0", "averaged")):
+        left.plot(steps, list(zip(*of_each_seed(rows, kind))), "o-", color=color, label=label)
+    left.set(xlabel="training step", ylabel=f"FID (n = {claim.cfg.n})", yscale="log", title="(b) averaging the weights")
+    left.legend(*(some[::claim.cfg.seeds] for some in left.get_legend_handles_labels()), fontsize=8)
+    for x, key in enumerate(("fid", "fid_low")):
         for offset, end, color in ((-0.2, "_noisy", "C3"), (0.2, "", "C0")):
-            middle.bar(x + offset, statistics.mean(last[key + end]), 0.38, color=color,
+            values = rows.values(key + end, network="published")
+            middle.bar(x + offset, statistics.mean(values), 0.38, color=color,
                        label={"_noisy": "without the last step", "": "with it"}[end] if x == 0 else None)
-            middle.plot([x + offset] * len(last[key + end]), last[key + end], "k.", ms=4)
+            middle.plot([x + offset] * len(values), values, "k.", ms=4)
     middle.set(xticks=[0, 1], xticklabels=["FID", "FID-low"], title="(c) the last step")
     middle.legend(fontsize=8)
-    for offset, name, color in ((-0.2, "from the data", "C0"), (0.2, "small", "C3")):
-        right.bar([k + offset for k in range(10)], claim["sigma_1"][name]["classes"], 0.38, color=color,
-                  label=f"sigma_1 {name}")
-    right.plot(range(10), claim["sigma_1"]["test_classes"], "k_", ms=12, label="test set")
+    for offset, arm, color in ((-0.2, DATA, "C0"), (0.2, SMALL, "C3")):
+        classes = zip(*[row["classes"] for row in rows.where(arm=arm, kind="ema", step=steps[-1])])
+        right.bar([k + offset for k in range(10)], [statistics.mean(share) for share in classes], 0.38, color=color,
+                  label=f"sigma_1 {arm}")
+    right.plot(range(10), of_the_test_set(), "k_", ms=12, label="test set")
     right.set(xticks=range(10), xlabel="digit", ylabel="share of the samples", title="(d) the largest noise")
     right.legend(fontsize=8)
     return save_figure(fig, path)
@@ -365,7 +258,7 @@ def plot(claim, path):
 def techniques(claim, path):
     """The overlap against gamma, the variance ratio against the step size, the network's loss at every level."""
     fig, (left, right, last) = figure(1, 3, width=4.2)
-    mnist = claim["constants"]["mnist"]
+    mnist = claim.notes["constants"]["mnist"]
     gammas = [1 + k / 1000 for k in range(1, 200)]
     left.plot(gammas, [overlap(gamma, 784) for gamma in gammas])
     left.plot(spacing(784), 0.5, "o", label=f"gamma = {spacing(784):.4f}")
@@ -374,16 +267,16 @@ def techniques(claim, path):
     left.legend(fontsize=8)
     steps = [mnist["sigma_L"] ** 2 * 10 ** (-2.5 + k / 80) for k in range(200)]
     for (T, epsilon), color in zip(mnist["epsilon"].items(), ("C0", "C1", "C2")):
-        ratio = [variance_ratio(step, mnist["sigma_L"], mnist["gamma"], T) for step in steps]
+        ratio = [variance_ratio(step, mnist["sigma_L"], mnist["gamma"], int(T)) for step in steps]
         right.plot(steps, ratio, color=color, label=f"T = {T}: {epsilon:.2e}")
-        right.plot(epsilon, variance_ratio(epsilon, mnist["sigma_L"], mnist["gamma"], T), "o", color=color)
+        right.plot(epsilon, variance_ratio(epsilon, mnist["sigma_L"], mnist["gamma"], int(T)), "o", color=color)
     right.axhline(1, color="grey", ls=":", lw=1)
     right.set(xscale="log", xlabel="step size", ylabel="variance after a level / $\\sigma_i^2$", ylim=(0.95, 1.3),
               title="Technique 4")
     right.legend(fontsize=8)
-    sigma = [row["sigma"] for row in claim["by_level"]]
-    last.loglog(sigma, [row["loss"] for row in claim["by_level"]], "o-", label="published network")
-    last.loglog(sigma, [row["mean_image"] for row in claim["by_level"]], "k--", label="the mean image, always")
+    sigma = [row["sigma"] for row in claim.notes["by_level"]]
+    last.loglog(sigma, [row["loss"] for row in claim.notes["by_level"]], "o-", label="published network")
+    last.loglog(sigma, [row["mean_image"] for row in claim.notes["by_level"]], "k--", label="the mean image, always")
     last.axhline(0.5, color="grey", ls=":", lw=1)
     last.set(xlabel="sigma", ylabel="loss a pixel (dotted: an output of 0)", ylim=(5e-5, 1), title="what was learned")
     last.legend(fontsize=8)
