@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import load
-from utils import Section, UserError
+from utils import Run, UserError
 
 LESSON = "lesson_05/sublesson_b"
 model, sample, reproduce = load(LESSON, "model"), load(LESSON, "sample"), load(LESSON, "reproduce")
@@ -246,7 +246,7 @@ def test_fixture_is_what_diffusers_gives():
     assert torch.allclose(torch.tensor(made), torch.tensor(kept), atol=1e-9)
 
 
-# ------------------------------------------------------------------ pairs and criteria
+# ------------------------------------------------------------------ pairs and weights
 def test_pairs_show_different_digits():
     x0, y0, a, b = sample.pairs(500, seed=3)
     assert x0.shape == y0.shape == (500, 1, 28, 28) and (a != b).all() and x0.min() == -1
@@ -257,34 +257,8 @@ def test_pairs_show_different_digits():
         sample.pairs(5000, seed=0)
 
 
-def rows(fid, blend_fid, kept, worse=(1.0, 1.0, 1.0)):
-    """Made-up rows: FID of the independent rule at 500 and of the blend, what is kept alone, the gap of rule (c)."""
-    made = [{"what": "blend", "t": 0, "seed": i, "fid": f, "confidence": 0.6} for i, f in enumerate(blend_fid)]
-    for i, f in enumerate(fid):
-        made += [{"what": rule, "t": t, "seed": i, "fid": f + (worse[i] if (rule, t) == ("independent", 999) else 0),
-                  "confidence": 0.9 - 0.01 * i, "kept": 0.4} for rule in RULES for t in (125, 500, 999)]
-        made += [{"what": "keep", "t": t, "seed": i, "kept": k, "chance": 0.1} for t, k in zip((125, 500, 999), kept)]
-    return made
-
-
-CFG = Section(depths=[125, 500, 999], keep=200, seeds=3, quick=False, smoke=False)
-
-
-@pytest.mark.parametrize("fid, blend, kept, worse, holds", [
-    ([5.0, 5.1, 5.2], [9.0, 9.1, 9.2], [0.98, 0.7, 0.12], [1.0, 1.1, 1.0], (True, True, True)),
-    ([5.0, 9.3, 5.2], [9.0, 9.1, 9.2], [0.94, 0.7, 0.12], [1.0, -1.0, 1.0], (False, False, False)),   # one seed loses
-    ([8.0, 8.8, 8.4], [9.0, 9.1, 9.2], [0.98, 0.98, 0.1], [9.0, 9.0, 9.0], (False, False, True)),  # no fall, 3 std
-    ([5.0, 5.1, 5.2], [9.0, 9.1, 9.2], [0.98, 0.7, 0.17], [0.1, 0.1, 0.1], (True, False, False)),   # far from chance
-])
-def test_criteria_on_made_up_rows(fid, blend, kept, worse, holds):
-    made = rows(fid, blend, kept, worse)
-    got = reproduce.middle(made), reproduce.retention(made, CFG), reproduce.rules(made, CFG)
-    assert tuple(part["holds"] for part in got) == holds
-    assert got[0]["t"] == 500 and got[2]["t"] == 999
-
-
 def test_weights_of_lesson_05_are_found_and_fit():
-    run = reproduce.Run(reproduce.__file__, ["smoke=true", "gpu=false"])
+    run = Run(reproduce.__file__, ["smoke=true", "gpu=false"])
     weights = run.read(run.published)
     assert weights.path.parent.parent.name == "lesson_05"
     weights.load(model.UNet(**weights.config["unet"]))
