@@ -200,6 +200,15 @@ def test_both_statements_that_make_a_constant_are_taken(tmp_path):
     assert execute(tmp_path, "lesson_02") == ["[3] 3"]
 
 
+def test_a_name_inside_an_expression_is_no_constant(tmp_path):
+    base = "A = [q for q in (1, 2)], {r: 1 for r in ()}, {s for s in ()}, (t for t in ()), lambda u: (v := u)\n"
+    files = {ONE: base, TWO: "from earlier import A  # lesson 01\nprint(A[0])\n"}
+    assert problems(tmp_path, files) == []
+    for name in "qrstuv":
+        write(tmp_path, {TWO: f"from earlier import {name}  # lesson 01\n{name}\n"})
+        assert any("but lesson_01/model.py does not define it" in line for line in check(tmp_path))
+
+
 def test_the_older_lesson_comes_first_whatever_the_numbers_say(tmp_path):
     lessons = [entry("01", "03"), entry("02", "01"), entry("03")]
     files = {THREE: BASE, ONE: "from earlier import Net  # lesson 03\n\n\nclass One(Net):\n    one = 1\n",
@@ -209,6 +218,10 @@ def test_the_older_lesson_comes_first_whatever_the_numbers_say(tmp_path):
     heads = [line for line in text(tmp_path, "lesson_02").splitlines() if line.startswith("# lesson")]
     assert heads == ["# lesson_03/model.py"] * 2 + ["# lesson_01/model.py"]
     assert execute(tmp_path, "lesson_02") == ["1 7"]
+    write(tmp_path, {"lesson_01/model.py": "class One:\n    one = 1\n"})                 # needs nothing of lesson 03
+    sync(tmp_path)
+    heads = [line for line in text(tmp_path, "lesson_02").splitlines() if line.startswith("# lesson")]
+    assert heads == ["# lesson_03/model.py", "# lesson_01/model.py"]
 
 
 def test_a_lesson_comes_after_those_it_takes_from_even_against_the_register(tmp_path):

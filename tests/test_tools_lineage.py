@@ -325,6 +325,25 @@ def test_what_an_adapted_class_keeps_needs_no_marker(tmp_path):
     assert problems(tmp_path, files) == []
 
 
+@pytest.mark.parametrize("marker, advice", [
+    ("lesson_02/model.py: Block", "name its owner, lesson_01/model.py: Block"),
+    ("lesson_02/model.py: Block.forward", "name its owner, lesson_01/model.py: Block.forward"),
+    ("lesson_02/model.py: Wide.forward", "name its owner, lesson_01/model.py: Block.forward"),
+    ("lesson_02/model.py: Wider.forward", "name its owner, lesson_01/model.py: Block.forward"),
+    ("lesson_02/model.py: Net.step", "name its owner, lesson_01/model.py: Net.step"),
+    ("lesson_02/model.py: Net.walk", "correct the marker of f"),
+    ("lesson_02/model.py: Nets", "correct the marker of f"),
+    ("lesson_02/train.py: Block", "correct the marker of f"), ("lesson_02/model.py: A.step", "correct the marker of f"),
+])
+def test_a_marker_that_names_a_taker_is_told_the_owner(tmp_path, marker, advice):
+    classes = "Wide(Block)", "Wider(dict, Wide)", "Net(earlier.Net)", "A(B)", "B(A)"
+    taker = "import earlier  # lesson 01: Net\nfrom earlier import Block  # lesson 01\n"
+    taker += "".join(f"\n\nclass {name}:\n    number = {number}\n" for number, name in enumerate(classes))
+    files = {"lesson_01/model.py": BLOCK + "\n\n" + method(of="Net"), "lesson_02/model.py": taker,
+             "lesson_03/train.py": f"# Adapted from {marker} -- more\ndef f(x):\n    return x\n"}
+    only(problems(tmp_path, files), f"lesson_03/train.py:1: there is no {marker}: {advice}")
+
+
 # ------------------------------------------------------------------------------------------------ imports
 @pytest.mark.parametrize("path, line, message", [
     ("lesson_01/model.py", "from utils import EMA; EMA", "imports utils: model.py may import"),

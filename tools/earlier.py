@@ -59,8 +59,7 @@ def looked_up(text):
     while tables:
         table = tables.pop()
         tables += table.get_children()
-        found |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_referenced()
-                  and (table.get_type() == "module" or symbol.is_global())}
+        found |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_referenced() and symbol.is_global()}
     return found
 
 

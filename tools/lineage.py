@@ -296,12 +296,26 @@ def owner_number(house, label):
     return house.models[folder].taken.get(name, (own,))[0] if folder in house.models else own
 
 
-def taken_by(house, label):
-    """Who owns a definition that the named model.py takes from earlier, as advice, or ''."""
+def taken_by(house, label, seen=()):
+    """Who owns what a marker names, if the named model.py has it from an earlier lesson: as advice, or ''."""
     path, _, name = label.partition(": ")
-    model = house.models.get(path.removesuffix("/model.py"))
-    number = model and model.taken.get(name.partition(".")[0], (None,))[0]
-    return f"name its owner, {house.numbers[number]}/model.py: {name}" if number in house.numbers else ""
+    first, dot, method = name.partition(".")
+    model, owner = house.models.get(path.removesuffix("/model.py")), house.defs.get(f"{path}: {first}")
+    if not model:
+        return ""
+    if owner is None:
+        number = model.taken.get(first, (None,))[0]
+        return f"name its owner, {house.numbers[number]}/model.py: {name}" if number in house.numbers else ""
+    for base in map(ast.unparse, getattr(owner.node, "bases", [])):         # a method that the class inherits
+        lines, base = (model.bases, base[8:]) if base.startswith("earlier.") else (model.taken, base)
+        number = lines.get(base, (None,))[0]
+        place = f"{house.numbers[number]}/model.py" if number in house.numbers else path
+        found = f"{place}: {base}{dot}{method}"
+        if found in house.defs:
+            return f"name its owner, {found}"
+        if found not in (label, *seen) and (further := taken_by(house, found, (label, *seen))):
+            return further
+    return ""
 
 
 def has_owner(d):
@@ -359,9 +373,9 @@ def check_pins(house):
     """The origin of an adaptation is still the one that its author looked at."""
     lock, adapted = read_lock(house), adaptations(house)
     for key, d in adapted.items():
-        if key not in lock:
+        if key not in lock and d.origin in house.defs:
             yield d.path, d.rows[0], f"{d.name} is not pinned to its origin yet: {SYNC}"
-        elif d.origin in house.defs and lock[key][0] != house.defs[d.origin].hash:
+        elif key in lock and d.origin in house.defs and lock[key][0] != house.defs[d.origin].hash:
             yield d.path, d.rows[0], (f"{d.origin} changed after {d.name} was adapted from it: look at both, then "
                                       f"{SYNC[:-1]} --accept {d.path}:{d.name}`")
     for key in lock.keys() - adapted.keys():
