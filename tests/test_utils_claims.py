@@ -3,8 +3,8 @@
 import functools
 import json
 import math
-import subprocess
-import sys
+import multiprocessing
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 import utils
 from conftest import load
 from utils import Arm, Claim, Rows, UserError, above, below, claims
+from utils.parallel import Workers
 
 INF, NAN = math.inf, math.nan
 
@@ -319,14 +320,14 @@ def test_the_published_network_or_that_of_an_arm(small):
     assert utils.published(smoke.run, "up").path.is_relative_to(small / "runs" / "smoke")
 
 
-def test_processes_measure_what_one_process_does(small):
+def test_processes_measure_what_one_process_does(small, launch):
+    beside = launch(small / "reproduce.py", "workers=2", "runs=beside", "seeds=1")
     alone = load(small, "reproduce").main(["runs=alone", "seeds=1"])
-    done = subprocess.run([sys.executable, "reproduce.py", "workers=2", "runs=beside", "seeds=1"], cwd=small, text=True,
-                          capture_output=True)
-    assert done.returncode == 0, done.stderr
+    assert beside.wait() == 0, beside.err
+    printed = beside.out
     beside = json.loads((small / "beside" / "claim" / "claim.json").read_text())
     assert beside["rows"] == alone["rows"] and beside["claims"] == alone["claims"]
-    assert "up, seed 0" in done.stdout and "trained for" not in done.stdout
+    assert "up, seed 0" in printed and "trained for" not in printed
     folders = [{p.name for p in (small / name / "claim").iterdir() if p.is_dir()} for name in ("alone", "beside")]
     assert folders[0] == folders[1] and len(folders[0]) == 5                    # marked alike in every process
 
@@ -371,3 +372,17 @@ def test_claims_are_plain_json(tmp_path):
     assert json.loads(utils.save_json(claim, tmp_path / "claim.json").read_text()) == {
         "a": [1.0, None, [None, "x"]], "0.5": {"b": None}}
     assert torch.equal(torch.randn(3, generator=utils.seeded(4)), torch.randn(3, generator=utils.seeded(4)))
+
+
+# ------------------------------------------------------------------ processes
+def test_workers_are_kept_for_the_next_work_and_ended_by_an_error():
+    workers = Workers(2)
+    assert list(Workers(1).run(os.getpid, [()] * 2)) == [os.getpid()] * 2 == list(workers.run(os.getpid, [()])) * 2
+    first = set(workers.run(os.getpid, [()] * 8))
+    again = set(workers.run(os.getpid, [()] * 8))
+    assert os.getpid() not in first | again and len(first | again) <= 2          # not two more
+    assert list(workers.run(pow, [(2, i) for i in range(9)])) == [2 ** i for i in range(9)]
+    with pytest.raises(ZeroDivisionError):
+        list(workers.run(divmod, [(1, 1), (1, 0), (1, 1)]))
+    assert workers._pool is None
+    assert not multiprocessing.active_children()

@@ -26,7 +26,7 @@ import torch
 from .config import Section
 from .errors import Diverged, UserError
 from .files import write_json
-from .parallel import parallel
+from .parallel import Workers
 from .run import Run, trained
 from .syntax import KINDS, dump
 
@@ -49,6 +49,7 @@ class Claim:
         self.run.open_folder("claim")
         self.rows, self.claims, self.notes = Rows(), {}, {}
         self._start, self._tables, self._trained = time.perf_counter(), [], []
+        self._workers = Workers(self.cfg.workers)
 
     # ------------------------------------------------------------------ measuring
     def train(self, arms, train, keys=(), seeds=None):
@@ -80,7 +81,7 @@ class Claim:
         jobs = [(name, seed) for seed in (self.seeds if seeds is None else seeds) for name in arms]
         given = [(self.file, self.run.argv, self.sections, train, name, arms[name], seed, list(keys), load, measure)
                  for name, seed in jobs]
-        for job, (path, found) in zip(jobs, parallel(_one_arm, given, self.cfg.workers)):
+        for job, (path, found) in zip(jobs, self._workers.run(_one_arm, given)):
             self._trained += [path] * bool(path)
             yield job, path, found
 
@@ -95,7 +96,7 @@ class Claim:
                 for values in itertools.product(*axes.values())]
         given = [(self.file, [*self.run.argv, *keys], function, job) for job in jobs]
         rows = Rows(axes=dict.fromkeys(name for job in jobs for name in job))
-        for job, found in zip(jobs, parallel(_one_job, given, self.cfg.workers)):
+        for job, found in zip(jobs, self._workers.run(_one_job, given)):
             rows.append({**job, **found})
             self.run.say(rows.line(rows[-1]))
         return self._keep(rows)
@@ -131,6 +132,7 @@ class Claim:
         headline: the lesson's result in a phrase, for the front page. record: further numbers of the entry.
         Returns the content of claim.json.
         """
+        self._workers.close()
         content = plain({
             "claims": self.claims, "notes": self.notes, "rows": self.rows, "seeds": len(self.seeds),
             "settings": {k: v for k, v in vars(self.cfg).items() if k not in ("runs", "publish", "workers", "quick")},

@@ -13,24 +13,52 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def parallel(function, jobs, workers=0):
-    """Yield function(*job) for every job, in the order of the jobs.
+class Workers:
+    """Processes of one thread each, started when there is work for them and kept for the next: starting costs seconds.
 
-    workers: processes of one thread each; 0: one for every core, or a single one if there is a GPU; 1: no further
-    process. `function` must be defined at the top level of a file. What it prints is shown with workers=1 only.
+    number: 0: one for every core, or a single one if there is a GPU; 1: no further process.
     """
-    jobs = list(jobs)
-    workers = workers or (1 if torch.cuda.is_available() else cores())
-    workers = min(workers, len(jobs))
-    if workers <= 1:
-        yield from (function(*job) for job in jobs)
-        return
-    context = multiprocessing.get_context("spawn")     # a forked torch may hang
-    with context.Pool(workers, _quiet) as pool:
-        for result in [pool.apply_async(function, job) for job in jobs]:
-            yield result.get()
-        pool.close()
-        pool.join()
+
+    def __init__(self, number=0):
+        self.number = number or (1 if torch.cuda.is_available() else cores())
+        self._pool, self._size = None, 0
+
+    def run(self, function, jobs):
+        """Yield function(*job) for every job, in the order of the jobs.
+
+        `function` must be defined at the top level of a file. What it prints is shown with a single worker only.
+        """
+        jobs = list(jobs)
+        size = min(self.number, len(jobs))
+        if size <= 1:
+            yield from (function(*job) for job in jobs)
+            return
+        if size > self._size:
+            self.close()
+            context = multiprocessing.get_context("spawn")                 # a forked torch may hang
+            self._pool, self._size = context.Pool(size, _quiet), size
+        try:
+            for result in [self._pool.apply_async(function, job) for job in jobs]:
+                yield result.get()
+        except BaseException:                          # also a reader who wants no more: the rest is not waited for
+            self.close()
+            raise
+
+    def close(self):
+        """End the processes."""
+        if self._pool is not None:
+            self._pool.terminate()
+            self._pool.join()
+        self._pool, self._size = None, 0
+
+
+def parallel(function, jobs, workers=0):
+    """Yield function(*job) for every job, in their order, by `Workers` that are ended afterwards."""
+    workers = Workers(workers)
+    try:
+        yield from workers.run(function, jobs)
+    finally:
+        workers.close()
 
 
 def _quiet():
