@@ -218,7 +218,7 @@ def test_the_older_lesson_comes_first_whatever_the_numbers_say(tmp_path):
     heads = [line for line in text(tmp_path, "lesson_02").splitlines() if line.startswith("# lesson")]
     assert heads == ["# lesson_03/model.py"] * 2 + ["# lesson_01/model.py"]
     assert execute(tmp_path, "lesson_02") == ["1 7"]
-    write(tmp_path, {"lesson_01/model.py": "class One:\n    one = 1\n"})                 # needs nothing of lesson 03
+    write(tmp_path, {ONE: "class One:\n    one = 1\n"}, lessons)                        # needs nothing of lesson 03
     sync(tmp_path)
     heads = [line for line in text(tmp_path, "lesson_02").splitlines() if line.startswith("# lesson")]
     assert heads == ["# lesson_03/model.py", "# lesson_01/model.py"]
