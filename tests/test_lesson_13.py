@@ -112,7 +112,7 @@ def test_log_snr_at_three_times():
 
 def test_time_embedding_of_neighbouring_steps_differs():
     gamma = -13.3 + 18.3 * torch.linspace(0, 1, 101)
-    embedding = model.time_embedding(1000 * (gamma + 13.3) / 18.3, 32)
+    embedding = load("lesson_01", "model").time_embedding(1000 * (gamma + 13.3) / 18.3, 32)
     assert embedding.diff(dim=0).norm(dim=1).min() > 1e-2
     net = UNet(**SMALL)
     torch.nn.init.normal_(net.out[2].weight)
@@ -494,94 +494,6 @@ def test_steps_equal_the_fixture_of_diffusers():
 def test_steps_equal_diffusers():
     made = make_fixture(pytest.importorskip("diffusers", reason="pip install -e '.[reference]'"))
     assert torch.allclose(ours(), torch.tensor(made["path"]), rtol=1e-5, atol=1e-5)
-
-
-# ------------------------------------------------------------------ what the claim measures
-class Run:
-    """As much of a run as the claim's measurements ask for."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, **keys):
-        self.config = type("Config", (), {"reproduce": type("Cfg", (), keys)})
-
-
-def test_bent_network_answers_alike_on_another_course():
-    reproduce, net = load("lesson_13", "reproduce"), Gaussian(bent())
-    other, t = reproduce.Bent(net, "cosine", -10.0, 4.0), torch.linspace(0, 1, 5, dtype=torch.float64)
-    z, gamma = torch.randn(5, 1, 2, 2), torch.linspace(-5, 5, 5, dtype=torch.float64)
-    assert torch.equal(other(z, gamma), net(z, gamma))
-    course = lambda one: VDM().gamma(one, t)
-    assert torch.allclose(course(other), course(Gaussian(Schedule(-10.0, 4.0, False, "cosine"))))
-    assert not torch.allclose(course(other), course(net), atol=0.1)
-
-
-def test_invariance_measures_every_interior_between_the_ends_of_the_network(monkeypatch):
-    reproduce, net, seen = load("lesson_13", "reproduce"), Gaussian(bent()), {}
-    monkeypatch.setattr(reproduce, "published", lambda run, **process: (VDM(**process), net))
-    monkeypatch.setattr(reproduce, "images", lambda run: digits("test").first(4)[0])
-    monkeypatch.setattr(reproduce, "error_of_eps", lambda *args: None)
-    monkeypatch.setattr(reproduce, "interior_table", lambda terms: seen.update(terms) or {})
-    row, points, curves = reproduce.invariance(Run(seeds=2, draws=3))
-    assert list(seen) == ["learned", *reproduce.OTHERS, "control"] and "control" not in curves
-    assert (row["gamma_0"], row["gamma_1"]) == pytest.approx(ENDS)
-    noise = torch.Generator().manual_seed(1)                                 # the second seed, for every interior
-    again = VDM().bound(reproduce.Bent(net, "cosine", *ENDS), digits("test").first(4)[0], 3, noise)
-    assert seen["cosine"].shape == (2, 4, 3) and torch.allclose(seen["cosine"][1], again[2].double(), rtol=1e-6)
-    assert all(curve[[0, -1]].tolist() == pytest.approx(ENDS) for curve in curves.values())
-
-
-def test_bound_by_steps_is_that_of_each_number_of_steps(monkeypatch):
-    reproduce, asked = load("lesson_13", "reproduce"), []
-    monkeypatch.setattr(reproduce, "published", lambda run, T: (T, None))
-    monkeypatch.setattr(reproduce, "images", lambda run: torch.zeros(3, 1, 2, 2))
-    monkeypatch.setattr(reproduce, "measure", lambda vdm, net, x0, draws, noise: asked.append(
-        (vdm, draws, noise.initial_seed())) or {key: torch.full((3,), 10.0 - vdm) for key in (
-            *reproduce.TERMS, "bits_per_dim")})
-    row = reproduce.by_steps(Run(T=[2, 4], draws=5, seeds=2))
-    assert asked == [(T, 5, seed) for T in (2, 4, 0) for seed in (0, 1)]
-    assert row["bits"] == {"2": 8.0, "4": 6.0, "inf": 10.0}
-    assert row["terms"]["4"] == {key: 6.0 for key in reproduce.TERMS}
-
-
-# ------------------------------------------------------------------ the claim's arithmetic, on made-up numbers
-def made_up(shift=0.0, control=1.0, wide=(3.0, 2.0, 2.0), grain=0.02):
-    """Draws (3 seeds, 100 images, 16 draws) for every interior: the same mean 1, other variances; paired images."""
-    generator = torch.Generator().manual_seed(0)
-    noise = lambda: torch.randn(3, 100, 16, generator=generator, dtype=torch.float64)
-    image = 0.2 * torch.randn(1, 100, 1, generator=generator, dtype=torch.float64)
-    terms = {"learned": 1 + image + grain * noise()}
-    for name, size in zip(("linear", "cosine", "ddpm"), wide):
-        terms[name] = 1 + image + grain * size * 10 * noise()
-    terms["linear"] = terms["linear"] + shift
-    return terms | {"control": 1 + control + image + grain * noise()}
-
-
-@pytest.mark.parametrize("terms, holds", [
-    (made_up(), True),
-    (made_up(shift=0.1), False),                                             # another mean
-    (made_up(control=0.0), False),                                           # the test could not tell
-    (made_up(wide=(0.1, 0.1, 0.1)), False),                                  # all variances alike
-    (made_up(wide=(30.0, 2.0, 2.0), grain=1.0), False),                      # too noisy to say anything
-], ids=["holds", "mean", "control", "variance", "noise"])
-def test_invariance_is_judged_as_the_criterion_says(terms, holds):
-    assert load("lesson_13", "reproduce").interior_table(terms)["holds"] is holds
-
-
-def test_ends_and_steps_are_judged_as_the_criteria_say():
-    reproduce = load("lesson_13", "reproduce")
-    rows = lambda *values: [{"bits_per_dim": value} for value in values]
-    low, high = rows(2.0, 2.1, 2.2), rows(3.0, 3.1, 3.2)
-    judge = lambda a, b: reproduce.compare({"a": a, "b": b}, "a", "b")["holds"]
-    assert judge(low, high) and not judge(high, low) and not judge(rows(2.0, 2.1, 2.9), rows(3.0, 3.1, 2.8))
-    assert not judge(rows(2.0, 2.4, 2.8), rows(2.1, 2.5, 2.9))               # the gap is below 3 deviations
-    base = torch.rand(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    falls = {"10": base + 2, "100": base + 1.1, "inf": base + 1}
-    assert reproduce.step_table(falls)["holds"]
-    assert not reproduce.step_table({**falls, "inf": base + 1.2})["holds"]
-    once = base + 1
-    once[1] += 0.2
-    assert not reproduce.step_table({**falls, "inf": once})["holds"]         # not in every seed
 
 
 # ------------------------------------------------------------------ bad values
