@@ -54,7 +54,7 @@ class Points:
         self.draw, self.batch_size, self.seed = known[cfg.data], cfg.batch_size, cfg.seed
 
     def batch(self, step, rank=0, world=1):
-        """The batch of step number `step`: points (B, 2), and zeros in the place of labels."""
+        """The batch of step number `step`: points (B, 2), and zeros instead of labels."""
         generator = torch.Generator().manual_seed(derive(self.seed, step))
         x0 = self.draw(self.batch_size, generator)[rank::world]
         return x0, torch.zeros(len(x0))

@@ -65,7 +65,7 @@ class Drawn:
         self.batch_size, self.seed = cfg.batch_size, cfg.seed
 
     def batch(self, step, rank=0, world=1):
-        """The batch of step number `step`: (B, D), and zeros in the place of labels."""
+        """The batch of step number `step`: (B, D), and zeros instead of labels."""
         generator = torch.Generator().manual_seed(derive(self.seed, step))
         x0 = self.draw(self.batch_size, generator)[rank::world]
         return x0, torch.zeros(len(x0))

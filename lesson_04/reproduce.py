@@ -187,7 +187,7 @@ def noised_training_images(n):
 
 
 class Exact(NCSNv2):
-    """The same levels and sampler with the exact score of a few images (K, D) in the place of a network."""
+    """The same levels and sampler with the exact score of a few images (K, D) instead of a network."""
 
     def score(self, net, x, i):
         """(E[x_0 | x] - x) / sigma^2; the mean is over the images, by how likely each is behind x. (B, C, H, W)."""

@@ -41,7 +41,7 @@ def main(argv=None):
     return x
 
 
-# Adapted from lesson_03/sample.py: draw -- the last step in the place of a step size
+# Adapted from lesson_03/sample.py: draw -- the last step instead of a step size
 def draw(ncsn, net, n, steps, generator, denoise=True, batch=128):
     """n samples in batches, (n, 1, 28, 28) in about [-1, 1]."""
     sizes = [min(batch, n - i) for i in range(0, n, batch)]
