@@ -200,6 +200,13 @@ def test_both_statements_that_make_a_constant_are_taken(tmp_path):
     assert execute(tmp_path, "lesson_02") == ["[3] 3"]
 
 
+def test_constants_of_two_lessons_stand_under_their_own_lines(tmp_path):
+    own = "from earlier import A, C  # lesson 01\nfrom earlier import D  # lesson 02\nA, C, D\n"
+    assert problems(tmp_path, {ONE: "A = 1\nB = 2\nC = 3\n", TWO: "D = 4\n", "lesson_03/model.py": own}) == []
+    assert text(tmp_path, "lesson_03").endswith(
+        "# lesson_01/model.py\nA = 1\n\nC = 3\n\n\n# lesson_02/model.py\nD = 4\n")
+
+
 def test_a_name_inside_an_expression_is_no_constant(tmp_path):
     base = "A = [q for q in (1, 2)], {r: 1 for r in ()}, {s for s in ()}, (t for t in ()), lambda u: (v := u)\n"
     files = {ONE: base, TWO: "from earlier import A  # lesson 01\nprint(A[0])\n"}
