@@ -35,6 +35,7 @@ SOURCES = ("model.py", "train.py", "sample.py", "reproduce.py")
 LINES = {"train.py": 90, "sample.py": 85, "model.py": 300}
 NEW_LINES = 150                                        # of code in model.py; more with a reason in lessons.yaml
 VERDICTS = ("reproduced", "not reproduced at this scale", "exact", "not exact")
+NO_VERDICT = "no verdict from a quick look"
 PUBLISHED = ("samples.png", "denoising.gif", "loss.png", "claim.png", "claim.json", "results.json",
              "weights.safetensors")
 TRAINED = {"loss.png", "weights.safetensors"}          # of a lesson that publishes a training of its own
@@ -131,7 +132,8 @@ def test_pictures_are_pictures(folder, name):
         assert min(picture.size) > 50
         assert picture.convert("L").getextrema() != (0, 0)
         if name.endswith(".gif"):
-            assert picture.n_frames > 5 and picture.info.get("loop") == 0
+            assert 5 < picture.n_frames <= 24 and picture.info.get("loop") == 0
+            assert (folder / "results" / name).stat().st_size <= MB / 4
 
 
 # ------------------------------------------------------------------ published numbers and weights
@@ -195,7 +197,7 @@ def test_published_claims(folder):
 @pytest.mark.parametrize("change, flaw", [
     ({}, None),
     ({"verdict": "not exact"}, None),
-    ({"verdict": "no verdict from a quick look"}, "(a) has the verdict 'no verdict from a quick look'"),
+    ({"verdict": NO_VERDICT}, "(a) has the verdict 'no verdict from a quick look'"),
     ({"verdict": "reproduced in part"}, "(a) has the verdict 'reproduced in part'"),
     ({"rule": ""}, "(a) has no rule"),
     ({"sentence": "Yes"}, "(a) is not a sentence"),
@@ -528,12 +530,15 @@ def test_sampling_returns_and_writes(chain):
         assert str(chain.runs.parent) not in json.dumps(one), "the command tells a path of this machine"
 
 
-def test_reproduce_returns_and_writes(chain):
-    assert isinstance(chain.claim, dict) and chain.claim
+def test_reproduce_returns_and_writes(chain, folder):
     written = {path.name: path for path in chain.runs.rglob("claim.*")}
     assert {"claim.json", "claim.png"} <= set(written)
-    assert json.loads(written["claim.json"].read_text())
-    assert not re.search('"(not )?reproduced', written["claim.json"].read_text()), "a smoke run must not give a verdict"
+    claims = json.loads(written["claim.json"].read_text())["claims"]
+    assert list(chain.claim["claims"]) == list(claims)
+    assert {one["verdict"] for one in claims.values()} <= {NO_VERDICT, "exact", "not exact"}, "a smoke run judges"
+    published = json.loads(text(folder, "results/claim.json"))["claims"]
+    assert {letter: one["sentence"] for letter, one in claims.items()} == {
+        letter: one["sentence"] for letter, one in published.items()}, "results/claim.json tells of other claims"
 
 
 def test_results_and_checkout_stay_as_they_were(chain):
