@@ -1,1 +1,1 @@
-"""What keeps the house in order: lineage, notebooks, the front page, judges, benchmarks."""
+"""What keeps the house in order: lineage, new lessons, notebooks, the front page, hashes, judges, benchmarks."""
