@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from model import VE, UNet, make_sde
+from model import SDE, VE, UNet, quantise
 from utils import Run, cli, report, save_gif, save_grid, save_npz, score
 
 
@@ -38,19 +38,14 @@ def main(argv=None):
     if cfg.metrics:
         scores = score(x)
         print(report(scores))
-        name = f"sample_{type(sde).__name__}_{'ode' if cfg.sampler == 'ode' else cfg.predictor}_{calls}".lower()
+        name = f"sample_{type(sde.noising).__name__}_{'ode' if cfg.sampler == 'ode' else cfg.predictor}_{calls}".lower()
         run.record(name, nfe=calls, seconds=round(seconds, 1), sampler=cfg.sampler, rtol=cfg.rtol, **way, **scores)
     return x
 
 
 def load(run, weights):
     """Process and network of a weights file, ready to sample."""
-    return run.place(make_sde(**weights.config["sde"]), weights.load(UNet(**weights.config["unet"])))
-
-
-def quantise(x):
-    """`dequantise` undone: [-1, 1) -> grey levels, in [-1, 1] as the loader gives them."""
-    return ((x + 1) * 128).floor().clamp(0, 255) / 127.5 - 1
+    return run.place(SDE(**weights.config["sde"]), weights.load(UNet(**weights.config["unet"])))
 
 
 def draw(sde, net, n, steps, generator, batch=128, sampler="pc", rtol=1e-4, **way):
@@ -68,16 +63,18 @@ def draw(sde, net, n, steps, generator, batch=128, sampler="pc", rtol=1e-4, **wa
 
 def stop_after(sde, steps, sampler="pc"):
     """Let VP and sub-VP stop at 1 / steps, a step's length; of 1000 steps that is the paper's 1e-3 (README: grain)."""
-    sde.sampling_eps = type(sde).sampling_eps if isinstance(sde, VE) or sampler == "ode" else 1 / max(steps, 2)
+    keep = isinstance(sde.noising, VE) or sampler == "ode"
+    sde.sampling_eps = sde.noising.sampling_eps if keep else 1 / max(steps, 2)
 
 
 def denoising(sde, net, n, steps, generator, frames=30, **way):
     """Pictures of one batch on its way: x_t, at the size of the data, and beside it the x_0 estimated from it."""
-    path, size, x = [], sde.prior_std, sde.prior((n, 1, 28, 28), generator).to(next(net.parameters()).device)
+    path, size, x = [], sde.noising.prior_std, sde.prior((n, 1, 28, 28), generator).to(next(net.parameters()).device)
     stop_after(sde, steps)
     for t, x_next, x0 in sde.reverse(net, x, steps, generator=generator, **way):
         path.append(torch.stack([x / size, x0], dim=1).flatten(0, 1).cpu())
-        x, size = x_next, (1 + float(sde.marginal(torch.tensor(t))[1]) ** 2) ** 0.5 if sde.prior_std > 1 else 1.0
+        std = float(sde.noising.marginal(torch.tensor(t))[1])
+        x, size = x_next, (1 + std ** 2) ** 0.5 if sde.noising.prior_std > 1 else 1.0
     return [path[i] for i in sorted({round(i) for i in torch.linspace(0, len(path) - 1, frames).tolist()})]
 
 

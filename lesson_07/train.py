@@ -9,16 +9,16 @@
 
 import torch
 
-from model import UNet, dequantise, make_sde
+from model import SDE, UNet, dequantise
 from sample import draw
 from utils import EMA, Run, Weights, cli, digits, ramp, save_grid
 
 
-# Adapted from lesson_05/train.py: main -- an SDE in the place of DDPM, dequantised data, a start from trained weights
+# Adapted from lesson_05/train.py: main -- an SDE instead of DDPM, dequantised data, a start from trained weights
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
-    sde, net = make_sde(**run.config.sde), UNet(**run.config.unet)
+    sde, net = SDE(**run.config.sde), UNet(**run.config.unet)
     if cfg.start:
         Weights(run.lesson / cfg.start, "lesson_05", run.name).load(net)
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)

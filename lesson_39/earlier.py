@@ -183,6 +183,12 @@ def initialised(layer, zero=False):
 
 
 # lesson_07/model.py
+def quantise(x):
+    """The grey level in whose 2/256 x lies, back in [-1, 1]: undoes `dequantise` (Sec. 4.3). (B, ...)."""
+    return ((x + 1) * 128).floor().clamp(0, 255) / 127.5 - 1
+
+
+# lesson_07/model.py
 def bits_per_dim(log_p, dim):
-    """log p in nats of such data -> bits per dimension of grey levels, which are 2/256 = 2^-7 wide. (B,)."""
+    """log p in nats of such data -> bits per dimension of grey levels, which are 2^-7 wide (Sec. 4.3). (B,)."""
     return -log_p / (dim * math.log(2)) + 7

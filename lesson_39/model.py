@@ -15,7 +15,7 @@ from torch import nn
 from torchdiffeq import odeint
 
 from earlier import UNet, image  # lesson 05
-from earlier import bits_per_dim  # lesson 07
+from earlier import bits_per_dim, quantise  # lesson 07
 
 SOLVERS = ("dopri5", "euler", "midpoint", "rk4")                            # the first chooses its steps
 
@@ -212,8 +212,3 @@ def dequantise(x0, generator=None):
     level = ((x0 + 1) * 127.5).round()
     u = torch.rand(x0.shape, generator=generator).to(x0.device)
     return (level + u) / 128 - 1
-
-
-def quantise(x):
-    """The grey level whose bin x lies in, back in [-1, 1]: undoes `dequantise` (App. C). (B, C, H, W)."""
-    return ((x + 1) * 128).floor().clamp(0, 255) / 127.5 - 1
