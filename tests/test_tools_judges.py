@@ -9,13 +9,21 @@ from utils import UserError, classify, cli, digits, scores
 from utils.scores import WIDTHS, Judge
 
 
+def few(model):
+    """Accuracy on a tenth of the test set, for judges that nobody keeps."""
+    x, y = digits("test").first(1000)
+    return (model(x).argmax(1) == y).float().mean().item()
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """Both judges after nine steps each, written to a file of their own."""
     before = judges.JUDGES.read_bytes()
     out = tmp_path_factory.mktemp("judges") / "new" / "judges.safetensors"
     state = torch.get_rng_state()
-    report = judges.main(["epochs=0.02", f"out={out}"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judges, "accuracy", few)
+        report = judges.main(["epochs=0.02", f"out={out}"])
     torch.set_rng_state(state)
     assert judges.JUDGES.read_bytes() == before
     return out, report
@@ -41,7 +49,7 @@ def test_the_file_loads_and_scores_as_reported(tiny, monkeypatch):
         for name in WIDTHS:
             model = scores.judge(name)
             assert not model.training and not any(p.requires_grad for p in model.parameters())
-            assert judges.accuracy(model) == pytest.approx(report[name], abs=1e-4)     # what is stored is measured
+            assert few(model) == pytest.approx(report[name], abs=1e-4)     # what is stored is measured
     finally:
         scores.judge.cache_clear()
 
