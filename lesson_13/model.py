@@ -184,8 +184,11 @@ class VDM(nn.Module):
         time changes its variance only, descends L^2. Each image has its own u, so that d(L^2) = 2 L dL: what arrives
         at u and du/dt on the way back is multiplied by 2 L, and one walk back serves both.
         """
-        T, i = self.T, (t * self.T).ceil()
-        u, slope, low, high = net(t=torch.cat([i / T, (i - 1) / T]) if T else t)
+        T = self.T
+        if T:
+            i = (t * T).ceil()
+            t = torch.cat([i / T, (i - 1) / T])                             # t, and s = t - 1 / T
+        u, slope, low, high = net(t=t)
         gamma = low + (high - low) * u
         if T:
             gamma, gamma_s = gamma.chunk(2)
