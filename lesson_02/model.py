@@ -24,9 +24,9 @@ class DPM(Diffusion):
     As in lesson 01: q_sample, q_posterior, beta, beta_tilde. New: the schedule, the reverse step, the bound that trains
     it, and a walk back that may be multiplied by a function r(x).
 
-    timesteps, first  T; added to the variance of the first step, so that x^(1) hides the grey levels
-    bumps             J, functions of time that the network's coefficients belong to
-    mean, std, levels of the data, over all pixels; the number of grey levels from -1 to 1 (0: the data are continuous)
+    timesteps, first   T; what is added to the variance of the first step, so that x^(1) hides the grey levels
+    bumps              J, functions of time that the network's coefficients belong to
+    mean, std, levels  of the data, over all pixels; how many grey levels from -1 to 1 (0: the data are continuous)
     """
     def __init__(self, timesteps=1000, first=1e-3, bumps=10, mean=0.0, std=1.0, levels=0):
         if timesteps < 3 or bumps < 2:
@@ -43,7 +43,7 @@ class DPM(Diffusion):
 
     def standardise(self, x0, generator=None):
         """Data for the chain, which ends in a unit Gaussian (Sec. 2.1): mean 0 and variance 1. (B, ...)."""
-        if self.levels:                                     # spread evenly, or a flat background were infinitely dense
+        if self.levels:                                     # spread each evenly: a flat background has no density
             x0 = x0 + 2 / (self.levels - 1) * (uniform_like(x0, generator) - 0.5)
         return (x0 - self.mean) / self.std
 
@@ -58,8 +58,8 @@ class DPM(Diffusion):
     def p_step(self, net, xt, t):
         """Mean and variance of p(x_{t-1} | x_t), Sec. 2.2, for every pixel, by the readout of App. D.2.1. Two (B, ...).
 
-        net(xt) gives the bumps' coefficients, (B, 2, J, ...), and these z, which moves the mean and the variance. Where
-        z = 0 the step is the forward kernel, which leaves a unit Gaussian as it is.
+        net(xt) gives the coefficients of the bumps, (B, 2, J, ...); their sums at t, z, move the mean and the variance.
+        Where z = 0 the step is the forward kernel, which leaves a unit Gaussian as it is.
         """
         z = torch.einsum("bkj...,bj->bk...", net(xt), self.basis[t].to(xt.dtype))                  # (B, 2, ...)
         beta = wide(self.beta(t, t - 1), xt)
@@ -148,7 +148,10 @@ class DPM(Diffusion):
 
 
 def temporal_basis(timesteps, bumps):
-    """Gaussian bumps over time (App. D.2.1), from -1 to 1, half their distance wide, normalised at every t. (T, J)."""
+    """Gaussian bumps over time (App. D.2.1), from -1 to 1, normalised at every t. (T, J).
+
+    Differs from the paper, where a bump is as wide as the distance to the next: half of it, as in the released code.
+    """
     time = torch.linspace(-1, 1, timesteps, dtype=torch.float64)[:, None]
     centre = torch.linspace(-1, 1, bumps, dtype=torch.float64)
     width = (centre[1] - centre[0]) / 2
