@@ -328,6 +328,7 @@ def test_two_subclasses_of_one_class_with_equal_code_have_different_bases(tmp_pa
 # ------------------------------------------------------------------------------------------------ the file itself
 @pytest.mark.parametrize("old, new", [("# Eq. (3)", "# Eq. (4)"), ("Helps.", "Helps more."),
                                       ("return min", "return max"), ("import math\n", "import math\nimport cmath\n"),
+                                      ("size + top", "size  + top"),
                                       ("# of all", "#of all"),
                                       ("word for word", "nearly")])
 def test_an_edited_earlier_py_is_caught_and_written_anew(tmp_path, old, new):
@@ -552,4 +553,8 @@ def test_named_lessons_are_synced_and_checked_alone(tmp_path, capsys):
     main(["check", "02"], tmp_path)
     assert capsys.readouterr().out.startswith("lesson_02/README.md:7: ")
     assert main(["check", "01"], tmp_path) == 0
+    copy = "# Copied from lesson_01/train.py: f\ndef f(x):\n    return x\n"
+    write(tmp_path, {"lesson_02/sample.py": copy, "lesson_03/sample.py": copy})
+    main(["sync", "03"], tmp_path)
+    assert text(tmp_path, "lesson_02", "sample.py") == copy and "-x" in text(tmp_path, "lesson_03", "sample.py")
     assert any(line.startswith("lineage.lock:2: `lesson_02/") for line in check(tmp_path, only=["lesson_02"]))

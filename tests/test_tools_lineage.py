@@ -368,6 +368,17 @@ def test_forbidden_imports_are_caught(tmp_path, path, line, message):
     only(found, f"{path}:{line.count(chr(10)) + 1}: ", message)
 
 
+@pytest.mark.parametrize("line, message", [
+    ("import torchvision", "imports torchvision: earlier.py may import torch, einops, numpy, torchdiffeq and"),
+    ("from utils import EMA", "imports utils: earlier.py may import"),
+    ("from earlier import f", "imports earlier: earlier.py stands alone"),
+    ("from lesson_01.model import f", "imports lesson_01: earlier.py may import"),
+])
+def test_earlier_py_imports_libraries_only(tmp_path, line, message):
+    write(tmp_path, {"lesson_01/model.py": "", "lesson_02/earlier.py": f'"""Words."""\n{line}\n'})
+    assert any(found.startswith(f"lesson_02/earlier.py:2: {message}") for found in check(tmp_path))
+
+
 def test_allowed_imports_pass(tmp_path):
     files = {"lesson_01/model.py": "import math\nimport numpy as np\nimport torch.nn.functional as F\n"
                                    "from einops import rearrange\nfrom torch import nn\n"
@@ -537,6 +548,7 @@ def test_diff_follows_what_comes_through_earlier_and_names_what_is_left_out(tmp_
     ("@property\n\ndef f(x):\n    'Words.'\n    return x\n", 3),
     ("class Wide(Block):\n" + function(6, indent="    "), 7),
     (ADAPTED + NET, 0), (ADAPTED + WIDER, 2), (ADAPTED + NET.replace("    return x", "    x = -x\n    return x"), 1),
+    ("# Copied from lesson_01/model.py: gone\n" + NET, 0),
     (ADAPTED + "\n# apart\n" + WIDER, 3), (ADAPTED.replace("net", "no") + WIDER, 3),
     ("class A:\n    # Copied from lesson_01/model.py: Block.forward\n    @staticmethod\n    def forward(x):\n"
      "        return x + 1\n", 1),
