@@ -148,13 +148,10 @@ class DPM(Diffusion):
 
 
 def temporal_basis(timesteps, bumps):
-    """Gaussian bumps over time (App. D.2.1), from -1 to 1, normalised at every t. (T, J).
-
-    Differs from the paper, where a bump is as wide as the distance to the next: half of it, as in the released code.
-    """
+    """Gaussian bumps over time (App. D.2.1), from -1 to 1, normalised at every t. (T, J)."""
     time = torch.linspace(-1, 1, timesteps, dtype=torch.float64)[:, None]
     centre = torch.linspace(-1, 1, bumps, dtype=torch.float64)
-    width = (centre[1] - centre[0]) / 2
+    width = (centre[1] - centre[0]) / 2     # Differs from the paper, the whole distance: half, as in the released code.
     bump = torch.exp(-(time - centre) ** 2 / (2 * width ** 2))
     return bump / bump.sum(1, keepdim=True)
 
