@@ -73,8 +73,8 @@ def judge(claim, arms, interiors, steps):
                 holds=arms.below("learned ends", "DDPM's ends", "bits_per_dim"))
     few = [*claim.cfg.T, 0]
     drops = [drop(steps, a, b) for a, b in zip(few, few[1:])]
-    claim.judge("c", f"The bound falls from T = {' to '.join(map(str, claim.cfg.T))} to infinity",
-                paper="more steps give a lower loss (Sec. 4.1)",
+    claim.judge("c", "The bound falls with every larger number of steps, and is lowest with infinitely many",
+                paper="more steps give a lower loss (Sec. 4.1)", T=few,
                 rule="in every seed, with p < 0.05 in a two-sided paired t-test over the seeds, and by more than 3 "
                      "standard errors over the images",
                 holds=all(steps.below(b, a, "bits_per_dim", by="T") for a, b in zip(few, few[1:]))
