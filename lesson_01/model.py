@@ -218,7 +218,7 @@ def two_gaussians(diffusion, weight=0.8, std=0.15):
 
 
 def eight_gaussians(diffusion, radius=1.6, std=0.12):
-    """Eight equal clouds on a circle: a data set of which EDM, App. B.3, gives the exact answer."""
+    """Eight equal clouds on a circle; with std = 0 the finite data set that EDM, App. B.3, has the exact answer for."""
     angle = torch.arange(8) * math.pi / 4
     return Mixture(diffusion, radius * torch.stack([angle.cos(), angle.sin()], dim=1), std=std)
 

@@ -74,7 +74,7 @@ def modulate(x, shift, scale):
 
 # lesson_23/model.py
 class MLP(nn.Module):
-    """The "pointwise feedforward" of Fig. 3: two linear layers, a GELU (its tanh form) between, four times as wide."""
+    """The "pointwise feedforward" of Fig. 3: two linear layers, a tanh GELU (App. A) between, four times as wide."""
 
     def __init__(self, dim):
         super().__init__()
@@ -87,7 +87,7 @@ class MLP(nn.Module):
 
 # lesson_23/model.py
 class TimestepEmbedder(nn.Module):
-    """A vector for a time (Sec. 4): sines and cosines, then two layers, started with a deviation of 0.02."""
+    """A vector for a time (App. A): sines and cosines, then two layers, started with a deviation of 0.02."""
 
     def __init__(self, dim, frequencies=256):
         super().__init__()
@@ -104,7 +104,7 @@ class TimestepEmbedder(nn.Module):
 # lesson_23/model.py
 # Adapted from lesson_01/model.py: time_embedding -- cosines first; the frequencies end just above 1/10000
 def time_embedding(t, dim):
-    """Cosines, then sines, of t at dim / 2 frequencies from 1 down towards 1/10000 (Sec. 4). (B,) -> (B, dim)."""
+    """Cosines, then sines, of t at dim / 2 frequencies from 1 down towards 1/10000 (App. A). (B,) -> (B, dim)."""
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)

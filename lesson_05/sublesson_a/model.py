@@ -1,4 +1,4 @@
-"""DDPM with dropout (Ho, Jain, Abbeel 2020, arXiv 2006.11239, Section 4 and Appendix B).
+"""DDPM with dropout (Ho, Jain, Abbeel 2020, arXiv 2006.11239, Appendix B).
 
 Convention: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; t runs from data (0) to noise (T - 1) and is fed to
 the network as that integer. The paper counts t from 1 to T, the code from 0 to T - 1; t = -1 is the clean image.
@@ -15,12 +15,12 @@ from earlier import noise_like  # lesson 01
 from earlier import DDPM, ResBlock  # lesson 05
 
 
-# ------------------------------------------------------------------ the network: Section 4 and Appendix B of the paper
+# ------------------------------------------------------------------ the network: Appendix B of the paper
 class Dropout(nn.Module):
     """In training, each value is 0 with probability p and the others grow by 1 / (1 - p); in evaluation, the identity.
 
     The mean over the masks is the input. What `net.train()` and `net.eval()` set is `self.training`, nothing else.
-    Sec. 4 gives p: 0.1 on CIFAR-10, 0 on the larger data sets.
+    App. B gives p: 0.1 on CIFAR-10, 0 on the other data sets.
     """
 
     def __init__(self, p):
@@ -49,7 +49,7 @@ class DropoutBlock(ResBlock):
 
 
 class UNet(earlier.UNet):
-    """Lesson 05's U-Net (App. B), with dropout in every residual block (Sec. 4)."""
+    """Lesson 05's U-Net, with dropout in every residual block (App. B)."""
 
     def block(self, c_in, c_out):
         """A residual block with dropout (App. B) from c_in to c_out channels."""

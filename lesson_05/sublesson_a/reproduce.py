@@ -42,12 +42,12 @@ def main(argv=None):
         *(("few", p) for p in cfg.dropouts), ("forgotten", last), *(("all", p) for p in cfg.dropouts)]},
         train=train.main, measure=measure)
     claim.judge("a", "On few images, the gap between the errors on unseen and on seen images falls with p",
-                paper="dropout 0.1 against overfitting on CIFAR-10 (Sec. 4)",
+                paper="dropout 0.1 against overfitting on CIFAR-10 (App. B)",
                 holds=falls(rows, "few", "gap", cfg.dropouts))
     claim.judge("b", "On few images, samples are copies less often with the largest p than without dropout",
                 holds=rows.below(name("few", last), name("few", first), "copies"))
     claim.judge("c", "Trained briefly on all images, the error on unseen ones rises with p",
-                paper="no dropout on the larger data sets (Sec. 4)",
+                paper="no dropout on the other data sets (App. B)",
                 holds=falls(rows, "all", "test", cfg.dropouts[::-1]))
     claim.judge("d", "With evaluation mode never undone, the gap ends nearer to that of p = 0 than to its own p's",
                 holds=forgotten(rows, first, last))
