@@ -138,7 +138,7 @@ class RectifiedFlow(nn.Module):
 
 # ------------------------------------------------------------------ the condition: three encoders, guidance
 def for_encoders(c, null, p=0.0):
-    """A caption for each of the three encoders (Sec. 4), each dropped with probability p by a coin of its own.
+    """A caption for each of the three encoders, each dropped with probability p by a coin of its own (Sec. 5.3.3).
 
     c (B, L), null (L,) -> (B, 3, L). All three are dropped in a share p^3 of the samples: they learn "no caption".
     """
@@ -162,7 +162,7 @@ def guided(net, c, null, w=1.0):
 
 
 class TextEncoders(nn.Module):
-    """Instead of CLIP-L, CLIP-G, T5 (Sec. 4): two bags of words (a pooled vector), a small transformer (tokens).
+    """Instead of CLIP-L, CLIP-G, T5 (App. B.2): two bags of words (a pooled vector), a small transformer (tokens).
 
     vocabulary  words, start token and padding included
     length      longest caption, start token included
