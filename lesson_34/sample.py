@@ -12,10 +12,10 @@ import time
 import torch
 
 from model import Flux, RectifiedFlow, given, guided
-from train import TEACHER
 from utils import Run, UserError, cli, report, save_gif, save_grid, save_npz, score
 from utils.captions import Tokenizer, caption, captioned, follow, read_caption
 
+TEACHER = "weights_teacher.safetensors"                 # what train.py calls it
 GRID = [caption(digit, {"thickness": a, "slant": b}) for a in range(3) for b in range(3) for digit in range(10)]
 
 
@@ -23,7 +23,7 @@ GRID = [caption(digit, {"thickness": a, "slant": b}) for a in range(3) for b in 
 def main(argv=None):
     run = Run(__file__, argv)
     cfg = run.config.sample
-    flow, net, words = loaded(run, run.weights().path, cfg.model)
+    flow, net, words = loaded(run, run.weights(), cfg.model)
     texts = [text.strip() for text in cfg.prompt.split(";")] if cfg.prompt else GRID
     if cfg.metrics and not cfg.prompt:
         texts = [said[0] for said in captioned("test", 1, limit=cfg.n, without_held_out=False).captions]
@@ -48,11 +48,11 @@ def main(argv=None):
     return x
 
 
-def loaded(run, path, model="student"):
-    """Process, network and tokenizer; the teacher's weights lie beside the student's."""
+def loaded(run, weights, model="student", Flux=Flux):
+    """Process, network and tokenizer of the student's weights file, or of the teacher's, which lies beside it."""
     if model not in ("student", "teacher"):
         raise UserError(f"model={model} is none of student, teacher")
-    weights = run.read(path if model == "student" else path.with_name(TEACHER))
+    weights = weights if model == "student" else run.read(weights.path.with_name(TEACHER))
     flow, net = run.place(RectifiedFlow(**weights.config["flow"]), weights.load(Flux(**weights.config["flux"])))
     return flow, net, Tokenizer(weights.config["captions"].vocabulary.split(), weights.config["flux"].length)
 

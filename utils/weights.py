@@ -46,7 +46,7 @@ class Weights:
 
 
 def save_weights(net, path, lesson, **config):
-    """Write a network's weights in fp16, with its lesson and the configuration to rebuild it from."""
+    """Write a network's weights in fp16, with its lesson and the configuration to rebuild it from. Returns the path."""
     from safetensors.torch import save
 
     state = {key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
@@ -55,6 +55,7 @@ def save_weights(net, path, lesson, **config):
         raise Diverged(f"the weights are not finite ({bad[0]}): not written. Try a smaller lr or precision=fp32")
     with atomic(path) as temporary:
         temporary.write_bytes(save(state, {"lesson": lesson, "config": json.dumps(config)}))
+    return path
 
 
 def choose(given, runs, published):
