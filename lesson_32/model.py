@@ -138,7 +138,7 @@ class RectifiedFlow(nn.Module):
 
 # ------------------------------------------------------------------ the condition: three encoders, guidance
 def for_encoders(c, null, p=0.0):
-    """A caption for each of the three encoders, each dropped with probability p by a coin of its own (Sec. 5.3.3).
+    """A caption for each of the three encoders, each dropped with probability p by a coin of its own (App. B.3).
 
     c (B, L), null (L,) -> (B, 3, L). All three are dropped in a share p^3 of the samples: they learn "no caption".
     """
