@@ -490,7 +490,7 @@ def chain(folder, tmp_path_factory):
     finally:
         hook.remove()
     sampled = load(folder, "sample").main([*keys, "n=100", "gif=way.gif", "npz=array.npz", "metrics=true"])
-    with pytest.MonkeyPatch.context() as patch:        # train.py has drawn its losses: those of the arms need no picture
+    with pytest.MonkeyPatch.context() as patch:        # train.py drew its losses: the arms need no picture
         patch.setattr("utils.images.save_losses", lambda records, path: path)
         claim = load(folder, "reproduce").main(keys)
     return SimpleNamespace(runs=runs / "smoke", trained=trained, sampled=sampled, claim=claim, calls=calls,
