@@ -123,7 +123,6 @@ def test_ready_lessons_have_a_folder():
     (dict(state="done"), "neither"),
     (dict(over=" "), "over is empty"),
     (dict(more="x"), "unknown"),
-    (dict(more="x"), "unknown"),
 ])
 def test_problems_are_found(change, complaint):
     lessons = copy.deepcopy(register())
