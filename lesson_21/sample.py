@@ -13,17 +13,17 @@ import time
 import torch
 
 from model import RectifiedFlow, UNet
-from train import subset
-from utils import Run, cli, report, save_gif, save_grid, save_npz, score, seeded
+from utils import Run, UserError, cli, digits, report, save_gif, save_grid, save_npz, score, seeded
+from utils.data import Digits
 
 
 def main(argv=None):
     run = Run(__file__, argv)
     cfg, path = run.config.sample, run.weights().path
+    if cfg.noise and cfg.solver != "euler":
+        raise UserError(f"noise={cfg.noise:g} is a sampler of its own: leave out solver={cfg.solver}")
     flow, net = load(run, path, cfg.model)
-    z0 = starts(cfg.source, cfg.n, cfg.seed).to(run.device)
-
-    begin = time.perf_counter()
+    z0, begin = starts(cfg.source, cfg.n, cfg.seed).to(run.device), time.perf_counter()
     x, calls = draw(flow, net, z0, cfg)
     seconds = time.perf_counter() - begin
     run.output(save_grid, x[:64], "samples.png")
@@ -33,8 +33,7 @@ def main(argv=None):
     if cfg.gif:
         run.output(save_gif, way(run, path, starts(cfg.source, 6, cfg.seed + 1)), cfg.gif, columns=6)
     if cfg.metrics:
-        scores = score(x)
-        print(report(scores))
+        print(report(scores := score(x)))
         run.record(f"sample_{cfg.model}_{cfg.solver}_{calls}", nfe=calls, seconds=round(seconds, 1), model=cfg.model,
                    solver=cfg.solver, noise=cfg.noise, **scores)
     return x
@@ -46,24 +45,28 @@ def load(run, path, model):
     return run.place(RectifiedFlow(**weights.config["flow"]), weights.load(UNet(**weights.config["unet"])))
 
 
-def starts(source, n, seed):
-    """n starts: noise of this seed, or n images of a digit of the test set. (n, 1, 28, 28).
+def subset(name, batch_size=1, seed=0, split="train"):
+    """The images that `source` or `target` names; None for noise."""
+    if name == "noise":
+        return None
+    data = digits(split)
+    mine = data.labels == int(name) if name != "digits" else slice(None)
+    return Digits(data.images[mine], data.labels[mine], batch_size, seed)
 
-    The seed is moved: the pairs of a training with the same seed begin at the noise that it would give.
-    """
-    data = subset(source, split="test")
-    if data is None:
+
+def starts(source, n, seed):
+    """n starts: noise of this seed, or n images of a digit of the test set. (n, 1, 28, 28)."""
+    if source == "noise":                               # moved: a training with this seed pairs the noise that it gives
         return torch.randn(n, 1, 28, 28, generator=seeded(seed + 10**7))
+    data = subset(source, split="test")
     return data.first(min(n, len(data)), seed)[0]
 
 
 def draw(flow, net, z0, cfg):
     """The images that the starts are carried to, and the network calls (of dopri5: the mean of the batches)."""
-    if cfg.noise:
-        parts = [(flow.stochastic(net, part, cfg.steps, cfg.noise, seeded(cfg.seed + 10**6 + i)), cfg.steps)
-                 for i, part in enumerate(z0.split(cfg.batch))]
-    else:
-        parts = [flow.sample(net, part, cfg.solver, cfg.steps, cfg.tolerance) for part in z0.split(cfg.batch)]
+    parts = [(flow.stochastic(net, part, cfg.steps, cfg.noise, seeded(cfg.seed + 10**6 + i)), cfg.steps) if cfg.noise
+             else flow.sample(net, part, cfg.solver, cfg.steps, cfg.tolerance)
+             for i, part in enumerate(z0.split(cfg.batch))]
     return torch.cat([x for x, _ in parts]), round(sum(calls for _, calls in parts) / len(parts))
 
 
