@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torchdiffeq import odeint
 
+# The t of UNet.forward is 999 times the time of this lesson, see SDE.score.
 from earlier import UNet  # lesson 05
 from earlier import wide  # lesson 01
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# The t of UNet.forward is network_time(t) here: 999 times the time of this lesson.
 from earlier import UNet, image  # lesson 05
 from earlier import integrate  # lesson 39
 from earlier import noise_like  # lesson 01

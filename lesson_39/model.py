@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchdiffeq import odeint
 
+# The t of UNet.forward is network_time(t) here: 1000 times the time of this lesson.
 from earlier import UNet, image  # lesson 05
 from earlier import bits_per_dim, quantise  # lesson 07
 
