@@ -344,6 +344,9 @@ def test_a_published_claim_can_be_drawn_again(small):
 def test_what_the_arms_take_from_the_command_line():
     argv = ["unet.channels=8", "train.lr=1", "smoke=true", "--gpu", "device=cpu", "seeds=5", "n=3", "ddpm.t=3"]
     assert claims.own(argv, ("unet",)) == ["unet.channels=8", "train.lr=1", "smoke=true", "--gpu", "device=cpu"]
+    # An arm is what the claim says on every device: the GPU's overlay is laid only where the reader asks for it.
+    assert claims.own(["device=cuda", "seeds=5"]) == ["gpu=false", "device=cuda"]
+    assert claims.own(["gpu=true"]) == ["gpu=true"] and claims.own(["gpu=auto"]) == ["gpu=auto"]
 
 
 def test_folders_of_arms():

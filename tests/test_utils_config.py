@@ -120,9 +120,19 @@ def test_gpu_overlay_is_automatic_and_said(path, capsys):
     assert load(path, "train", ["gpu=false"], cuda=True).unet.channels == 32
     assert load(path, "train", ["train.gpu=false"], cuda=True).unet.channels == 32
     assert load(path, "train", [], cuda=False).unet.channels == 32
+    for cpu in (["device=cpu"], ["train.device=cpu"], ["--device=cpu", "steps=7"]):      # a GPU that is not to be used
+        assert load(path, "train", cpu, cuda=True).unet.channels == 32
+    assert load(path, "train", ["device=cuda"], cuda=True, quiet=True).unet.channels == 128
+    assert load(path, "train", ["device=cpu", "gpu=true"], cuda=True).unet.channels == 128
     path.write_text(TEXT.replace("  warmup: 10", "  warmup: 10\n  gpu: false"))
     assert load(path, "train", [], cuda=True).unet.channels == 32
     assert not capsys.readouterr().out
+
+
+def test_a_claim_is_the_same_on_every_device_unless_the_reader_asks(path):
+    path.write_text(TEXT + "\nreproduce:\n  seeds: 3  # >=1: trainings\n", encoding="utf-8")
+    assert load(path, "reproduce", [], cuda=True).unet.channels == 32
+    assert load(path, "reproduce", ["gpu=true"], cuda=True).unet.channels == 128
 
 
 @pytest.mark.parametrize("argument, nearest", [

@@ -346,8 +346,12 @@ def _train(train, names, argv):
 
 
 def own(argv, sections=()):
-    """Those arguments of reproduce.py that also go to train.py: of these sections, and the device and the overlays."""
-    return [a for a in argv if re.split("[.=]", a.lstrip("-"))[0] in (*sections, *ALWAYS)]
+    """Those arguments of reproduce.py that also go to train.py: of these sections, and the device and the overlays.
+
+    The GPU's overlay is for a reader's training, not for an arm: it is laid only where the command line asks for it.
+    """
+    taken = [a for a in argv if re.split("[.=]", a.lstrip("-"))[0] in (*sections, *ALWAYS)]
+    return taken if any(re.match("-*gpu(=|$)", a) for a in taken) else ["gpu=false", *taken]
 
 
 def folder_name(arm, seed):

@@ -100,7 +100,8 @@ def load(path, section, argv=(), cuda=False, quiet=False):
 
     Returns a Section of Sections; the common keys are in the script's own section. `lr=1` means the script's
     own section, or the only other section that has such a key; `unet.channels=48` names the section.
-    quiet: do not tell that the GPU's overlay is used.
+    cuda: whether there is a GPU; then the section `gpu` is laid over the others, but for reproduce.py or device=cpu.
+    quiet: do not tell that it is.
     """
     values = read(path)
     overlays = {name: values.pop(name, {}) for name in OVERLAYS}
@@ -122,8 +123,10 @@ def load(path, section, argv=(), cuda=False, quiet=False):
             for key, value in keys.items():
                 _set(values, target, key, value, bound.get((target, key)), f"{path.name}, section {name}")
 
-    automatic = values[section]["gpu"] == "auto" and not any(name == "gpu" for _, name, _, _ in given)
-    if overlays["gpu"] and cuda and automatic:
+    # A reader's own gpu=... stands; device=cpu has no GPU; the arms of a claim are what the claim says on every device.
+    asked = {name: text for target, name, _, text in given if target == section}
+    automatic = values[section]["gpu"] == "auto" and "gpu" not in asked and section != "reproduce"
+    if overlays["gpu"] and cuda and automatic and asked.get("device", values[section]["device"]) != "cpu":
         if not quiet:
             print("GPU found: using the section `gpu` of config.yaml (gpu=false turns it off)")
         lay("gpu")
