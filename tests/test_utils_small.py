@@ -2,8 +2,10 @@
 
 import ast
 import copy
+import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -259,6 +261,67 @@ def test_locks(tmp_path):
             assert not second
     with lock(tmp_path / "deep" / "lock", wait=False) as again:
         assert again
+
+
+ODD = [errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP]
+
+
+@pytest.mark.parametrize("number", ODD)
+def test_a_disk_that_cannot_flush_a_folder_keeps_the_file_and_says_so_once(tmp_path, monkeypatch, capsys, number):
+    flush = os.fsync
+
+    def fsync(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for text in ("one", "two"):
+        with atomic(tmp_path / "file") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        assert (tmp_path / "file").read_text(encoding="utf-8") == text
+    assert capsys.readouterr().err.count("warning: the disk of") == 1
+    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"), atomic(tmp_path / "file") as temporary:
+        temporary.write_text("three", encoding="utf-8")
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("flock"), *(OSError(number, "no locks") for number in ODD)])
+def test_a_disk_without_locks_goes_on_and_says_so_once(tmp_path, monkeypatch, capsys, error):
+    import filelock
+
+    def acquire(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    for _ in range(2):
+        with lock(tmp_path / "lock", wait=False) as mine:
+            assert mine
+    assert capsys.readouterr().err.count("knows no locks") == 1
+    error = OSError(errno.EACCES, "not yours")
+    with pytest.raises(OSError, match="not yours"), lock(tmp_path / "lock"):
+        pytest.fail("not reached")
+
+
+def test_windows_has_neither_fcntl_nor_resource_and_opens_no_folders(launch, tmp_path):
+    """Trained, sampled and measured with these modules hidden, and folders that do not open."""
+    hide = """if True:
+        import os, pathlib, sys, types
+        import psutil
+        from utils import files
+
+        for name in ("fcntl", "resource"):
+            sys.modules[name] = None                   # import fcntl is an ImportError
+        opened = os.open
+        files.os = types.SimpleNamespace(**{**vars(os), "name": "nt"})
+        files.os.open = lambda path, *rest: (_ for _ in ()).throw(PermissionError(13, "a folder", path)) \\
+            if os.path.isdir(path) else opened(path, *rest)
+        psutil.Process = lambda: types.SimpleNamespace(memory_info=lambda: types.SimpleNamespace(peak_wset=123 * 2**20))
+    """
+    process = launch("lesson_05/train.py", "smoke=true", "steps=2", "device=cpu", f"runs={tmp_path}", before=hide)
+    assert process.wait() == 0, process.err
+    entry = json.loads((tmp_path / "smoke" / "001" / "results.json").read_text(encoding="utf-8"))["train"]
+    assert entry["peak_memory_mb"] == 123
 
 
 def unsaid(tree):

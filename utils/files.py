@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import functools
 import json
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -26,17 +28,38 @@ def atomic(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)     # the rename itself must reach the disk too
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)                      # the rename itself must reach the disk too
     except OSError as error:
         if error.filename is None:                     # a full disk does not say where
             error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# What a disk answers that cannot do what was asked, such as a network's or a cluster's.
+CANNOT = {getattr(errno, name) for name in ("EINVAL", "ENOSYS", "ENOLCK", "ENOTSUP", "EOPNOTSUPP")}
+
+
+def _sync_folder(folder):
+    """Flush a folder's list of files to the disk, where system and disk can: Windows opens no folders."""
+    if os.name == "nt":
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
+        _warn_once(f"the disk of {folder} cannot flush a folder ({error.strerror}): files are written whole, but the "
+                   "last ones may be lost if the power fails")
+    finally:
+        os.close(number)
+
+
+@functools.cache
+def _warn_once(text):
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def write_json(path, value):
@@ -69,7 +92,8 @@ def short(path):
 def lock(path, wait=True):
     """Hold an exclusive lock on the file `path` (made if absent). Yields False if `wait` is off and it is taken.
 
-    The operating system lets go of it when the process ends, however it ends.
+    The operating system lets go of it when the process ends, however it ends. On a disk that knows no locks it goes on
+    without one and says so.
     """
     from filelock import FileLock, Timeout
 
@@ -80,6 +104,12 @@ def lock(path, wait=True):
         mine.acquire()
     except Timeout:
         yield False
+        return
+    except (NotImplementedError, OSError) as error:    # filelock's word for ENOSYS is NotImplementedError
+        if isinstance(error, OSError) and error.errno not in CANNOT:
+            raise
+        _warn_once(f"the disk of {path.parent} knows no locks: do not start the same run twice")
+        yield True
         return
     try:
         yield True
