@@ -4,34 +4,22 @@
     python reproduce.py quick=true        a look at it, no verdict
     python reproduce.py steps=3000        other values; without publish=true to runs/claim
 
-The criteria were written down before the numbers were seen. The arms are short trainings of one small network (section
-`reproduce`), alike in everything that is not named; the learning rate was chosen with the logit-normal one, for all.
-Samples are drawn with the captions of test images, without guidance, by Euler's method from the same noise for all.
-
-(a) Formulations: noise prediction on a linear schedule, v on a cosine, EDM, rectified flow with uniform and with
-    logit-normal(0, 1) times; FID at 5, 10, 25 and 50 steps, mean over three trainings. At three or four of the step
-    counts the logit-normal arm has the lowest FID, or one that is above the lowest by at most one pooled standard
-    deviation of the two; and no arm has a better mean rank over the step counts.
-(b) The validation loss tells the FID: over the eight snapshots of a training of the logit-normal arm, Spearman's rank
-    correlation of the loss on test images (t evenly spaced in [0, 1]) and the FID at 25 steps is at least 0.7, in each
-    of the three trainings.
-(c) Two streams: MMDiT has a lower validation loss than CrossDiT (text by cross-attention, its tokens never changed) in
-    each of three trainings, and the gap of the means is above 3 pooled standard deviations. Blocks as many as make the
-    parameters equal within 3 %; the same steps, which favours CrossDiT: it computes more.
-(d) Captions are followed: the published network, guided as in `sample`, draws the twenty held-out triples of digit,
-    thickness and slant (of which training had no image and no caption): the digit is right in at least 95 %, the
-    thickness in at least 80 % and the slant in at least 80 % of the samples, means over three sampling seeds.
+The criteria, in `judge`, were written down before the numbers were seen. The arms are short trainings of one small
+network (section `reproduce`), alike in everything that is not named; the learning rate was chosen with the logit-normal
+one, for all. Samples are drawn with the captions of test images, without guidance, by Euler's method from the same
+noise for all. The validation loss is of test images, at evenly spaced t in [0, 1]. CrossDiT, the opponent in (c), takes
+text by cross-attention, and its tokens never change. It has blocks as many as make the parameters equal within 3 %; the
+same steps favour it, for it computes more. (d) asks the published network, guided as in `sample`, for triples of digit,
+thickness and slant; of twenty, training had no image and no caption.
 
 Measured without a verdict: (d) with encoders left out, the loss by t, the attention between the streams; and, added
 after a first run in which (c) failed, a CrossDiT of as many blocks as MMDiT, which tells depth from streams.
 """
 
 import functools
-import json
 import math
 import random
 import statistics
-import time
 
 import torch
 import torch.nn.functional as F
@@ -42,26 +30,21 @@ import train
 from model import DENSITIES, MMDiT, RectifiedFlow, Stream, Times, for_encoders, given, linear, norm
 from sample import draw, loaded
 from utils import (
-    Run,
-    Weights,
+    Arm,
+    Claim,
     cli,
-    deviation,
+    dots,
     fid_to_test,
     figure,
     floor,
-    parallel,
+    lines,
     pooled,
+    published,
     save_figure,
-    save_json,
     seeded,
-    trained,
-    verdict,
-    write_json,
+    ticks,
 )
 from utils import captions as text
-
-FORMS = ("eps-linear", "v-cosine", "edm", "rf-uniform", "rf-lognormal")
-OURS, CROSS, SHALLOW = "rf-lognormal", "CrossDiT", "CrossDiT, as many blocks"
 
 
 # ------------------------------------------------------------------ the opponents
@@ -70,13 +53,13 @@ class Baseline(RectifiedFlow):
 
     form  "eps-linear": predicts n, variance-preserving, linear beta (lesson 05). "v-cosine": predicts a n - b x_0 on a
           cosine. "edm": preconditioned, ln b normal (lesson 20), with all levels twice as high, because the data have
-          a deviation of about 1 in the place of 0.5
+          a deviation of about 1 instead of 0.5
     """
 
     LEVEL, SPREAD, ENDS = math.log(2) - 1.2, 1.2, (160.0, 0.004)
 
-    def __init__(self, form):
-        super().__init__("uniform")
+    def __init__(self, form, **flow):
+        super().__init__(**flow)
         if form not in ("eps-linear", "v-cosine", "edm"):
             raise ValueError(f"form={form!r} is none of eps-linear, v-cosine, edm")
         self.form = form
@@ -177,85 +160,112 @@ class ShallowCrossDiT(CrossDiT):
     more = 1
 
 
+OURS, UNIFORM, CROSS, SHALLOW = "rf-lognormal", "rf-uniform", "CrossDiT", "CrossDiT, as many blocks"
+ARMS = {**{form: Arm(["flow.density=uniform"], RectifiedFlow=functools.partial(Baseline, form))
+           for form in ("eps-linear", "v-cosine", "edm")},
+        UNIFORM: ["flow.density=uniform"], OURS: [], CROSS: Arm(MMDiT=CrossDiT), SHALLOW: Arm(MMDiT=ShallowCrossDiT)}
+FORMS = ("eps-linear", "v-cosine", "edm", UNIFORM, OURS)
+ALL = (1, 1, 1)                                        # encoders that see the caption
+ASKED = {"held out": (True, ALL, True), "held out, w = 1": (True, ALL, False), "seen": (False, ALL, True),
+         "held out, no tokens": (True, (1, 1, 0), True), "held out, tokens only": (True, (0, 0, 1), True)}
+TRIPLES = [(digit, a, b) for digit in range(10) for a in range(3) for b in range(3)]
+
+
 # ------------------------------------------------------------------ the whole of it
 def main(argv=None):
-    run = Run(__file__, argv)
-    cfg, begin = run.config.reproduce, time.perf_counter()
-    run.settings.publish &= not (cfg.quick or cfg.smoke)
-    run.open_folder("claim")
-    jobs = [(run.argv, arm, seed) for seed in range(cfg.seeds) for arm in (*FORMS, CROSS, SHALLOW)]
-    rows = []
-    for row in parallel(measure, jobs, cfg.workers):
-        run.say("{arm:13} seed {seed}: ".format(**row) + "  ".join(
-            f"{key} {value:.4f}" for key, value in row.items() if isinstance(value, float)))
-        rows.append(row)
-    asked = list(parallel(ask, [(run.argv, seed) for seed in range(cfg.seeds)], cfg.workers))
-    claim = {"formulations": formulations(rows, cfg), "loss_tells": loss_tells(rows), "streams": streams(rows),
-             "captions": followed(asked)}
-    for one in claim.values():
-        one["verdict"] = verdict(one["holds"], cfg)
-    claim |= {"rows": rows, "asked": asked, "n": cfg.n, "floor": floor(cfg.n), "seeds": cfg.seeds, "steps": cfg.steps,
-              "by_t": by_t(run), "minutes": round((time.perf_counter() - begin) / 60, 1)}
-    run.say(printed(claim))
-    run.output(save_json, claim, "claim.json")
-    run.output(plot, claim, "claim.png")
-    run.output(plot_times, claim["by_t"], "times.png")
-    run.output(plot_attention, run, "attention.png")
-    run.record("claim_verdicts", minutes=claim["minutes"], samples=cfg.n, **{
-        name: claim[name]["verdict"] for name in ("formulations", "loss_tells", "streams", "captions")})
-    return claim
-
-
-def make(arm):
-    """Process and network class of an arm."""
-    if arm in ("rf-uniform", OURS, CROSS, SHALLOW):
-        network = {CROSS: CrossDiT, SHALLOW: ShallowCrossDiT}.get(arm, MMDiT)
-        return RectifiedFlow("uniform" if arm == "rf-uniform" else "logit-normal"), network
-    return Baseline(arm), MMDiT
-
-
-def train_arm(run, arm, seed):
-    """The weights file of an arm, trained or taken from an earlier call; beside it its snapshots."""
-    cfg, (process, network) = run.config.reproduce, make(arm)
-    sections = ("mmdit", "captions", "train", "gpu", "device", "smoke")
-    own = [a for a in run.argv if a.split("=")[0].split(".")[0] in sections]
-    folder = run.folder / f"{arm.replace(', as many blocks', '-shallow')}_{seed}"
+    claim = Claim(__file__, argv, sections=("mmdit", "captions"))
+    run, cfg = claim.run, claim.cfg
     size = [] if cfg.smoke else [f"mmdit.dim={cfg.dim}", f"mmdit.heads={cfg.heads}"]
-    return trained(functools.partial(train.main, process=process, network=network), folder, [
-        *own, *size, f"steps={cfg.steps}", f"batch_size={cfg.batch_size}", f"seed={seed}", "preview_every=0",
-        f"snapshots={cfg.steps // cfg.snapshots if arm == OURS else 0}"], run.lesson)
+    rows = claim.arms({**ARMS, OURS: [f"snapshots={cfg.steps // cfg.snapshots}"]}, train=train.main, measure=measure,
+                      keys=[*size, f"steps={cfg.steps}", f"batch_size={cfg.batch_size}"])
+    asked = claim.each(ask, captions=list(ASKED), seed=claim.seeds)
+    judge(claim, rows, asked)
+    claim.note("by_t", by_t(run))
+    claim.note("floor", floor(cfg.n))
+    run.output(plot_times, claim.notes["by_t"], "times.png")
+    run.output(plot_attention, run, "attention.png")
+    return claim.finish(plot=plot, n=cfg.n)
 
 
-def measure(argv, arm, seed):
-    """`measured`, or what an earlier call with the same code and values wrote beside the arm's weights."""
-    run = Run(__file__, argv)
-    cfg, _ = run.config.reproduce, run.open_folder("claim")
-    path = train_arm(run, arm, seed)
-    file, now = path.parent / "measured.json", [run.code, cfg.n, list(cfg.sample_steps), cfg.validation, cfg.levels]
-    before = json.loads(file.read_text()) if file.exists() else {}
-    if before.get("now") != now:
-        before = {"now": now, "row": measured(run, path, arm, seed)}
-        write_json(file, before)
-    return before["row"]
+def judge(claim, rows, asked):
+    """What is claimed. rows, asked: what was measured for (a) to (c), and for (d)."""
+    fid, rank = rows.unfold("fid", "steps"), ranks(rows.unfold("fid", "steps"))
+    counts, best = sorted({row["steps"] for row in fid}), wins_or_ties(fid)
+    claim.judge("a1", "With logit-normal times rectified flow has the lowest FID of five formulations, or ties with "
+                "it, at three of four step counts", paper="best of 61 formulations (Table 1)",
+                rule="the means over the trainings; a tie is a gap of at most one pooled standard deviation",
+                holds=4 * len(best) >= 3 * len(counts), wins_or_ties=best)
+    claim.judge("a2", "No other formulation has a better mean rank over the step counts",
+                paper="best of 61 formulations by its rank (Table 1)", rule="ranks of the means over the trainings",
+                holds=rank[OURS] == min(rank.values()), rank=rank)
+    told = {row["seed"]: spearman(row) for row in rows.where(arm=OURS)}
+    claim.judge("b", "Over the snapshots of a training the rank correlation of validation loss and FID is at least 0.7",
+                paper="a lower validation loss goes with better images (abstract)", rule="in every training",
+                holds=all(value >= 0.7 for value in told.values()), spearman=list(told.values()))
+    claim.judge("c", "At equal parameters MMDiT has a lower validation loss than CrossDiT",
+                paper="a lower loss than DiT, CrossDiT and UViT (Fig. 4)",
+                holds=as_large(rows) and rows.below(OURS, CROSS, "validation"))
+    claim.judge("d1", "Of combinations that training never had, at least 95 % of the samples have the digit asked for",
+                rule="by the mean over the sampling seeds", holds=right(asked, ("accuracy",), 0.95))
+    claim.judge("d2", "Of such combinations, thickness and slant are each right in at least 80 % of the samples",
+                rule="by the means over the sampling seeds", holds=right(asked, ("thickness", "slant"), 0.8))
 
 
-def measured(run, path, arm, seed):
+def wins_or_ties(fid):
+    """(a1): the step counts at which our arm is the lowest, or above the lowest by at most one pooled deviation."""
+    found = []
+    for steps, ours in fid.by("steps", "fid", arm=OURS).items():
+        lowest = min((fid.values("fid", arm=arm, steps=steps) for arm in FORMS), key=statistics.mean)
+        gap = statistics.mean(ours) - statistics.mean(lowest)               # 0 if it is ours
+        if math.isfinite(gap) and gap <= pooled(ours, lowest):
+            found.append(steps)
+    return found
+
+
+def ranks(fid):
+    """(a2): the mean over the step counts of every formulation's rank, 1 for the lowest mean FID."""
+    counts = sorted({row["steps"] for row in fid})
+    mean = {arm: [fid.mean("fid", arm=arm, steps=steps) for steps in counts] for arm in FORMS}
+    return {arm: statistics.mean(1 + sum(other[i] < ours[i] for other in mean.values()) for i in range(len(counts)))
+            for arm, ours in mean.items()}
+
+
+def spearman(row):
+    """(b): the rank correlation of validation loss and FID over the snapshots of a training."""
+    if row.get("diverged"):
+        return math.nan
+    order = [torch.tensor(list(row[key].values())).argsort().argsort().double()
+             for key in ("snapshot_validation", "snapshot_fid")]
+    return float(torch.corrcoef(torch.stack(order))[0, 1])
+
+
+def as_large(rows):
+    """(c): both networks have as many parameters, within 3 %."""
+    return abs(rows.mean("parameters", arm=OURS) / rows.mean("parameters", arm=CROSS) - 1) < 0.03
+
+
+def right(asked, keys, share):
+    """(d1), (d2): of the samples of held-out captions at least this share is right, for each of the keys."""
+    return all(asked.mean(key, captions="held out") >= share for key in keys)
+
+
+# ------------------------------------------------------------------ (a) to (c): an arm
+def measure(run, weights, arm, seed):
     """An arm's FIDs by steps, its validation loss, and of the logit-normal one the same of its snapshots."""
-    cfg, (process, network) = run.config.reproduce, make(arm)
-    _, net, words = loaded(run, Weights(path, run.name), network)
-    row = {"arm": arm, "seed": seed, "parameters": sum(p.numel() for p in net.parameters())}
+    cfg, names = run.config.reproduce, getattr(ARMS[arm], "names", {})
+    process, net, words = loaded(run, weights, **names)
+    row = {"parameters": sum(p.numel() for p in net.parameters())}
     if arm in FORMS:
-        for steps in cfg.sample_steps:
-            row[f"fid_{steps}"] = fid(process, net, words, steps, cfg.n)
+        row["fid"] = {str(steps): fid(process, net, words, steps, cfg.n) for steps in cfg.sample_steps}
     if arm in (OURS, CROSS, SHALLOW):
         row["validation"] = float(validation(net, words, cfg).mean())
     if arm == OURS:
-        few = min(cfg.sample_steps, key=lambda steps: abs(steps - 25))
-        row["snapshots"] = []
-        for one in sorted(path.parent.glob("snapshot_*.safetensors")):
-            _, net, words = loaded(run, Weights(one, run.name))
-            row["snapshots"].append({"step": int(one.stem.split("_")[1]), "fid": fid(process, net, words, few, cfg.n),
-                                     "validation": float(validation(net, words, cfg).mean())})
+        few, row["snapshot_fid"], row["snapshot_validation"] = min(cfg.sample_steps, key=lambda n: abs(n - 25)), {}, {}
+        for one in sorted(weights.path.parent.glob("snapshot_*.safetensors")):
+            process, net, words = loaded(run, run.read(one))
+            step = str(int(one.stem.split("_")[1]))
+            row["snapshot_fid"][step] = fid(process, net, words, few, cfg.n)
+            row["snapshot_validation"][step] = float(validation(net, words, cfg).mean())
     return row
 
 
@@ -280,67 +290,19 @@ def validation(net, words, cfg, levels=None):
     return torch.stack(losses)
 
 
-# ------------------------------------------------------------------ (a) to (c)
-def formulations(rows, cfg):
-    """FIDs of the arms over the seeds, ranks, and whether (a) holds."""
-    fids = {arm: {steps: [row[f"fid_{steps}"] for row in rows if row["arm"] == arm] for steps in cfg.sample_steps}
-            for arm in FORMS}
-    mean = {arm: {steps: statistics.mean(values) for steps, values in one.items()} for arm, one in fids.items()}
-    wins = []
-    for steps in cfg.sample_steps:
-        best = min(FORMS, key=lambda arm: mean[arm][steps])
-        gap = mean[OURS][steps] - mean[best][steps]
-        if gap <= pooled(fids[OURS][steps], fids[best][steps]):            # 0 <= 0 where it is the best itself
-            wins.append(steps)
-    rank = {arm: statistics.mean(1 + sum(mean[other][steps] < mean[arm][steps] for other in FORMS)
-                                 for steps in cfg.sample_steps) for arm in FORMS}
-    return {"fid": fids, "wins_or_ties": wins, "rank": rank,
-            "holds": 4 * len(wins) >= 3 * len(cfg.sample_steps) and rank[OURS] == min(rank.values())}
-
-
-def loss_tells(rows):
-    """Spearman's correlation of validation loss and FID over the snapshots of each training."""
-    result = []
-    for row in rows:
-        if row["arm"] == OURS:
-            ranks = [torch.tensor([one[key] for one in row["snapshots"]]).argsort().argsort().double()
-                     for key in ("validation", "fid")]
-            result.append(float(torch.corrcoef(torch.stack(ranks))[0, 1]))
-    return {"spearman": result, "holds": all(value >= 0.7 for value in result)}
-
-
-def streams(rows):
-    """Validation losses and parameters of the two networks."""
-    loss = {arm: [row["validation"] for row in rows if row["arm"] == arm] for arm in (OURS, CROSS, SHALLOW)}
-    parameters = {arm: next(row["parameters"] for row in rows if row["arm"] == arm) for arm in loss}
-    gap, spread = statistics.mean(loss[CROSS]) - statistics.mean(loss[OURS]), pooled(loss[OURS], loss[CROSS])
-    equal = abs(parameters[OURS] / parameters[CROSS] - 1) < 0.03
-    return {"validation": loss, "parameters": parameters, "gap": gap, "pooled_std": spread,
-            "holds": equal and all(a < b for a, b in zip(loss[OURS], loss[CROSS])) and gap > 3 * spread}
-
-
-# ------------------------------------------------------------------ (d) captions
-def published(run):
+# ------------------------------------------------------------------ (d): captions
+def network(run):
     """Process, network and words of the published weights; in smoke mode of the first arm."""
-    path = train_arm(run, OURS, 0) if run.config.reproduce.smoke else run.published
-    return loaded(run, Weights(path, run.name))
+    return loaded(run, published(run, OURS))
 
 
-def ask(argv, seed):
-    """How the published network follows captions of held-out and of seen triples, with encoders left out as well."""
-    run = Run(__file__, argv)
-    cfg, how, _ = run.config.reproduce, run.config.sample, run.open_folder("claim")
-    flow, net, words = published(run)
-    triples = [(digit, a, b) for digit in range(10) for a in range(3) for b in range(3)]
-    row = {}
-    for name, kept, encoders, w in (
-            ("held out", True, (1, 1, 1), how.guidance), ("held out, w = 1", True, (1, 1, 1), 1.0),
-            ("seen", False, (1, 1, 1), how.guidance), ("held out, no tokens", True, (1, 1, 0), how.guidance),
-            ("held out, tokens only", True, (0, 0, 1), how.guidance)):
-        said = wishes([triple for triple in triples if bool(text.held_out(*triple)) == kept], cfg.asked, seed)
-        noise = torch.randn(len(said), 1, 28, 28, generator=seeded(seed))
-        row[name] = text.follow(draw(flow, net, words, said, noise, flow.grid(how.steps), w, encoders), said)
-    return row
+def ask(run, captions, seed):
+    """How the published network follows captions of one of the kinds in ASKED; a seed's noise is the same for all."""
+    cfg, how, (kept, encoders, guided) = run.config.reproduce, run.config.sample, ASKED[captions]
+    flow, net, words = network(run)
+    said = wishes([triple for triple in TRIPLES if bool(text.held_out(*triple)) == kept], cfg.asked, seed)
+    noise, w = torch.randn(len(said), 1, 28, 28, generator=seeded(seed)), how.guidance if guided else 1.0
+    return text.follow(draw(flow, net, words, said, noise, flow.grid(how.steps), w, encoders), said)
 
 
 def wishes(triples, n, seed):
@@ -353,64 +315,32 @@ def wishes(triples, n, seed):
     return texts
 
 
-def followed(asked):
-    """Means over the seeds, and whether (d) holds."""
-    mean = {name: {key: statistics.mean(row[name][key] for row in asked) for key in one}
-            for name, one in asked[0].items()}
-    ours = mean["held out"]
-    return {"mean": mean, "holds": ours["accuracy"] >= 0.95 and ours["thickness"] >= 0.8 and ours["slant"] >= 0.8}
-
-
-# ------------------------------------------------------------------ what is printed and drawn
+# ------------------------------------------------------------------ pictures
 def by_t(run):
     """The published network's loss on test images at 20 times."""
-    _, net, words = published(run)
+    _, net, words = network(run)
     levels = 2 if run.config.reproduce.smoke else 20
     return {"t": [(i + 0.5) / levels for i in range(levels)],
             "loss": validation(net, words, run.config.reproduce, levels).tolist()}
 
 
-def printed(claim):
-    """The tables with their verdicts."""
-    a, b, c, d = (claim[name] for name in ("formulations", "loss_tells", "streams", "captions"))
-    lines = ["", f"(a) {a['verdict']}; wins or ties at {a['wins_or_ties']}; FID, n = {claim['n']}, floor "
-             f"{claim['floor']:.2f}"]
-    lines += [f"    {arm:13} " + "   ".join(f"{steps}: {statistics.mean(v):6.2f} +- {deviation(v):.2f}" for steps, v in
-                                            one.items()) + f"   rank {a['rank'][arm]:.2f}"
-              for arm, one in a["fid"].items()]
-    lines += [f"(b) {b['verdict']}; Spearman " + ", ".join(f"{value:.3f}" for value in b["spearman"])]
-    lines += [f"(c) {c['verdict']}"]
-    lines += [f"    {arm:24} {c['parameters'][arm]} parameters, validation loss " + ", ".join(f"{v:.5f}" for v in one)
-              for arm, one in c["validation"].items()]
-    lines += [f"(d) {d['verdict']}"] + [f"    {name:22} " + "  ".join(f"{key} {v:.3f}" for key, v in one.items())
-                                        for name, one in d["mean"].items()]
-    return "\n".join(lines)
-
-
 def plot(claim, path):
     """Three answers: FID by steps, FID by validation loss, the validation loss of the two networks."""
     fig, (left, middle, right) = figure(1, 3, width=4.2)
-    for i, (arm, one) in enumerate(claim["formulations"]["fid"].items()):
-        left.errorbar(list(one), [statistics.mean(v) for v in one.values()], [deviation(v) for v in one.values()],
-                      fmt="o-", ms=4, color=f"C{i}", label=arm)
+    fid = claim.rows.unfold("fid", "steps")
+    lines(left, fid, "steps", "fid")
     left.set(xscale="log", xlabel="steps = network calls", title="(a) which formulation?",
-             ylabel=f"FID, n = {claim['n']}; floor {claim['floor']:.2f}")
-    left.set_xticks(list(one), [str(steps) for steps in one])
-    left.minorticks_off()
-    left.legend(fontsize=8)
-    for row in (row for row in claim["rows"] if row["arm"] == OURS):
-        middle.plot([s["validation"] for s in row["snapshots"]], [s["fid"] for s in row["snapshots"]], "o-", ms=4,
-                    lw=0.7, label=f"training {row['seed'] + 1}")
+             ylabel=f"FID (n = {claim.cfg.n}; floor {claim.notes['floor']:.2f})")
+    ticks(left.xaxis, sorted({row["steps"] for row in fid}))
+    for row in claim.rows.where(arm=OURS):
+        middle.plot(list(row["snapshot_validation"].values()), list(row["snapshot_fid"].values()), "o-", ms=4, lw=0.7,
+                    label=f"training {row['seed'] + 1}")
     middle.set(xlabel="validation loss", ylabel="FID", xscale="log", title="(b) does the loss tell the FID?")
-    middle.set_xticks([0.3, 0.4, 0.6, 1.0], ["0.3", "0.4", "0.6", "1"])
-    middle.minorticks_off()
+    ticks(middle.xaxis, (0.3, 0.4, 0.6, 1.0))
     middle.legend(fontsize=8)
-    for i, (arm, values) in enumerate(claim["streams"]["validation"].items()):
-        right.plot([i] * len(values), values, "o", color=f"C{4 - i}")
-    right.set(xlim=(-0.5, 2.5), ylabel="validation loss", title="(c) two streams or one?")
-    right.set_xticks([0, 1, 2], ["MMDiT", CROSS, f"{CROSS},\nas many blocks"])
-    for ax in (left, middle, right):
-        ax.grid(alpha=0.3)
+    middle.grid(alpha=0.3)
+    dots(right, claim.rows, "validation", names={OURS: "MMDiT", SHALLOW: f"{CROSS},\nas many blocks"})
+    right.set(ylabel="validation loss", title="(c) two streams or one?")
     return save_figure(fig, path)
 
 
@@ -433,7 +363,7 @@ def plot_times(curve, path):
 @torch.no_grad()
 def plot_attention(run, path):
     """The joint attention of every block, mean over heads and 64 test images at t = 0.5; a row shows where it looks."""
-    _, net, words = published(run)
+    _, net, words = network(run)
     x0 = text.digits("test").first(64)[0].to(run.device)
     said = ["a thick seven leaning right"] * len(x0)
     c = for_encoders(words(said), words([""])[0]).to(run.device)

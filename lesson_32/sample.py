@@ -50,10 +50,10 @@ def main(argv=None):
     return x
 
 
-def loaded(run, weights, network=MMDiT):
+def loaded(run, weights, RectifiedFlow=RectifiedFlow, MMDiT=MMDiT):
     """Process, network and tokenizer of a weights file."""
     config = weights.config
-    flow, net = run.place(RectifiedFlow(**config["flow"]), weights.load(network(**config["mmdit"])))
+    flow, net = run.place(RectifiedFlow(**config["flow"]), weights.load(MMDiT(**config["mmdit"])))
     return flow, net, captions.Tokenizer(config["captions"].vocabulary.split(), config["mmdit"].length)
 
 

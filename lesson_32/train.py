@@ -9,21 +9,18 @@
 import torch
 
 from model import MMDiT, RectifiedFlow, for_encoders, given, guided
-from utils import EMA, Run, Section, UserError, cli, ramp, save_grid, save_weights
+from utils import EMA, Run, Section, cli, ramp, save_grid, save_weights
 from utils.captions import Tokenizer, captioned, vocabulary
 
 
 # Adapted from lesson_05/sublesson_e/train.py: main -- a flow, the caption once for each encoder; snapshots
-def main(argv=None, process=None, network=MMDiT):
-    """process, network: the opponents that reproduce.py trains in the place of this lesson's own."""
+def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg, said = run.config.train, run.config.captions
-    if cfg.drop > 1:
-        raise UserError(f"drop={cfg.drop} is a share of the samples: from 0 to 1")
     words = Tokenizer(vocabulary(said.attributes), run.config.mmdit.length)
     data = captioned("train", cfg.batch_size, cfg.seed, said.images or None, words=said.attributes, tokenizer=words)
     sizes = Section(vocabulary=len(words), **run.config.mmdit)
-    flow, net = process or RectifiedFlow(**run.config.flow), network(**sizes)
+    flow, net = RectifiedFlow(**run.config.flow), MMDiT(**sizes)
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     flow, net, optimizer = run.prepare(flow, net, optimizer)
     ema = EMA(net, cfg.ema_decay)

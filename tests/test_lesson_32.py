@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import load
-from utils import Section, UserError, seeded
+from conftest import ROOT, load
+from utils import Arm, Run, Section, UserError, seeded
 
-model = load("lesson_32", "model")
+model, time_embedding = load("lesson_32", "model"), load("lesson_32", "earlier").time_embedding
 RectifiedFlow, Times, MMDiT = model.RectifiedFlow, model.Times, model.MMDiT
 FIXTURE = Path(__file__).parent / "fixtures" / "sd3_mmdit.json"
 SMALL = dict(vocabulary=20, length=6, bags=(4, 6), context=8, dim=16, depth=2, heads=2, patch=4, grid=10)
@@ -114,9 +114,9 @@ def test_last_time_above_0_of_the_official_table():
 
 def test_network_can_tell_neighbouring_times():
     for grid in (RectifiedFlow().grid(100), RectifiedFlow().grid(100, 3.0), RectifiedFlow().grid(100, 1 / 3)):
-        embedding = model.time_embedding(model.network_time(grid), 256)
+        embedding = time_embedding(model.network_time(grid), 256)
         assert embedding.diff(dim=0).abs().amax(1).min() > 0.5
-        assert model.time_embedding(grid, 256).diff(dim=0).abs().amax(1).min() < 1e-2               # without the factor
+        assert time_embedding(grid, 256).diff(dim=0).abs().amax(1).min() < 1e-2               # without the factor
 
 
 # ------------------------------------------------------------------ the sampler
@@ -264,13 +264,13 @@ def test_time_and_pooled_text_are_added():
 
 
 def test_positions_are_the_middle_of_the_grid():
-    whole = model.sincos_2d(16, 10, 10, 10).reshape(10, 10, 16)
+    whole = model.cropped_sincos_2d(16, 10, 10, 10).reshape(10, 10, 16)
     for h, w in ((7, 7), (4, 7), (3, 2)):
         top, left = (10 - h) // 2, (10 - w) // 2
-        assert torch.equal(model.sincos_2d(16, h, w, 10).reshape(h, w, 16), whole[top:top + h, left:left + w])
+        assert torch.equal(model.cropped_sincos_2d(16, h, w, 10).reshape(h, w, 16), whole[top:top + h, left:left + w])
     assert torch.equal(whole, load("lesson_23", "model").sincos_2d(16, 10, 10).reshape(10, 10, 16))
     with pytest.raises(ValueError, match="grid=6"):
-        model.sincos_2d(16, 7, 7, 6)
+        model.cropped_sincos_2d(16, 7, 7, 6)
 
 
 def test_two_passes_agree_and_a_gradient_reaches_every_weight():
@@ -303,14 +303,14 @@ def test_one_batch_is_overfitted_to_0():
     (lambda: RectifiedFlow().grid(0), "steps"), (lambda: RectifiedFlow().grid(4, 0), "shift"),
     (lambda: MMDiT(**{**SMALL, "heads": 3}), "heads"), (lambda: MMDiT(**{**SMALL, "dim": 18}), "dim"),
     (lambda: started()(torch.zeros(1, 1, 9, 8), torch.ones(1), torch.zeros(1, 3, 6).long()), "patch"),
-    (lambda: model.sincos_2d(16, 4, 7, 6), "grid=6"),
+    (lambda: model.cropped_sincos_2d(16, 4, 7, 6), "grid=6"),
 ])
 def test_what_it_does_not_know_is_refused(call, what):
     with pytest.raises(ValueError, match=what):
         call()
 
 
-# ------------------------------------------------------------------ reproduce.py: the opponents, the claim's arithmetic
+# ------------------------------------------------------------------ reproduce.py: the opponents
 reproduce = load("lesson_32", "reproduce")
 Baseline, BASELINES = reproduce.Baseline, ("eps-linear", "v-cosine", "edm")
 LEVELS = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
@@ -395,60 +395,6 @@ def test_the_two_networks_have_as_many_parameters():
     assert (cross(x, t, c) - cross(x, t, other)).abs().max() > 1e-4
 
 
-CFG = Section(seeds=3, sample_steps=[5, 10, 25, 50], quick=False, smoke=False)
-
-
-def made_up(changes=(), validation=(0.10, 0.101, 0.102), cross=(0.12, 0.121, 0.122)):
-    """Rows as `measure` gives them; changes: {(arm, steps): three FIDs}."""
-    rows = []
-    for seed in range(3):
-        for arm in reproduce.FORMS:
-            base = 10.0 if arm == reproduce.OURS else 20.0
-            row = {"arm": arm, "seed": seed, "parameters": 1000}
-            row |= {f"fid_{steps}": base + 0.1 * seed for steps in CFG.sample_steps}
-            for (name, steps), values in dict(changes).items():
-                if name == arm:
-                    row[f"fid_{steps}"] = values[seed]
-            if arm == reproduce.OURS:
-                row |= {"validation": validation[seed], "snapshots": [
-                    {"step": i, "fid": 50.0 - i, "validation": 0.5 - i / 100} for i in range(8)]}
-            rows.append(row)
-        rows.append({"arm": reproduce.CROSS, "seed": seed, "parameters": 1010, "validation": cross[seed]})
-        rows.append({"arm": reproduce.SHALLOW, "seed": seed, "parameters": 700, "validation": 0.05 * seed})
-    return rows
-
-
-@pytest.mark.parametrize("changes, holds", [
-    ({}, True),
-    ({("edm", 50): [9.0, 9.1, 9.2]}, True),                                      # one count lost of four
-    ({("edm", 50): [9.0, 9.1, 9.2], ("edm", 25): [9.95, 10.05, 10.15]}, True),   # a tie: 0.05 above, deviation 0.1
-    ({("edm", 50): [9.0, 9.1, 9.2], ("edm", 25): [9.8, 9.9, 10.0]}, False),      # two counts lost
-    ({("v-cosine", steps): [9.95, 10.05, 10.15] for steps in CFG.sample_steps}, False),           # ties, a worse rank
-])
-def test_formulations_are_judged_as_the_criterion_says(changes, holds):
-    result = reproduce.formulations(made_up(changes), CFG)
-    assert result["holds"] == holds and set(result["fid"]) == set(reproduce.FORMS)
-
-
-def test_loss_and_streams_are_judged_as_the_criteria_say():
-    rows = made_up()
-    assert reproduce.loss_tells(rows)["spearman"] == pytest.approx([1, 1, 1]) and reproduce.loss_tells(rows)["holds"]
-    for i, one in enumerate(rows[4]["snapshots"]):
-        one["fid"] = [1, 5, 2, 6, 3, 7, 4, 8][i]
-    spearman = reproduce.loss_tells(rows)
-    assert spearman["spearman"][0] == pytest.approx(-2 / 3) and not spearman["holds"]
-    assert reproduce.streams(made_up())["holds"]
-    assert not reproduce.streams(made_up(cross=(0.09, 0.121, 0.2)))["holds"]     # lost in one training
-    assert not reproduce.streams(made_up(cross=(0.1005, 0.1015, 0.1025)))["holds"]               # a small gap
-    assert not reproduce.streams([row | {"parameters": 1000 + 100 * (row["arm"] == reproduce.CROSS)}
-                                  for row in made_up()])["holds"]
-    row = {"held out": {"accuracy": 0.96, "thickness": 0.85, "slant": 0.85}}
-    assert reproduce.followed([row] * 3)["holds"]
-    for key, value in (("accuracy", 0.9), ("thickness", 0.6), ("slant", 0.6)):
-        assert not reproduce.followed([row, {"held out": row["held out"] | {key: value}}, row])["holds"]
-    assert not reproduce.followed([{"held out": row["held out"] | {"accuracy": 0.94}}] * 3)["holds"]
-
-
 def test_held_out_triples_are_not_in_training(tmp_path):
     said = reproduce.wishes([(7, 2, 2)], 5, 0)
     assert all(reproduce.text.read_caption(one) == [{"digit": 7, "thickness": 2, "slant": 2}] for one in said)
@@ -472,7 +418,7 @@ def test_encoders_left_out_and_wrong_ones(tmp_path):
 
 # ------------------------------------------------------------------ diffusers
 class AsGiven(torch.nn.Module):
-    """In the place of the text encoders: tokens and pooled vector as they come."""
+    """Instead of the text encoders: tokens and pooled vector as they come."""
 
     def forward(self, c):
         return c
@@ -664,13 +610,22 @@ def test_sample_py_uses_its_shift_its_guidance_and_the_captions_of_test_images(t
 
 
 # ------------------------------------------------------------------ reproduce.py
+def made(arm):
+    """Process and network of an arm, as train.py makes them."""
+    arm = reproduce.ARMS[arm] if isinstance(reproduce.ARMS[arm], Arm) else Arm(reproduce.ARMS[arm])
+    flow = Run(ROOT / "lesson_32" / "train.py", arm.keys).config.flow
+    return arm.names.get("RectifiedFlow", RectifiedFlow)(**flow), arm.names.get("MMDiT", MMDiT)
+
+
 def test_arms_are_what_their_names_say():
-    arms = {arm: reproduce.make(arm) for arm in (*reproduce.FORMS, reproduce.CROSS)}
+    arms = {arm: made(arm) for arm in reproduce.ARMS}
     assert {arm: process.times.density for arm, (process, _) in arms.items()} == {
         "eps-linear": "uniform", "v-cosine": "uniform", "edm": "uniform", "rf-uniform": "uniform",
-        "rf-lognormal": "logit-normal", "CrossDiT": "logit-normal"}
+        "rf-lognormal": "logit-normal", "CrossDiT": "logit-normal", "CrossDiT, as many blocks": "logit-normal"}
     assert [arms[form][0].form for form in BASELINES] == list(BASELINES)
-    assert [arm for arm, (_, network) in arms.items() if network is reproduce.CrossDiT] == ["CrossDiT"]
+    assert {arm: network for arm, (_, network) in arms.items() if network is not MMDiT} == {
+        "CrossDiT": reproduce.CrossDiT, "CrossDiT, as many blocks": reproduce.ShallowCrossDiT}
+    assert all(type(process) is RectifiedFlow for arm, (process, _) in arms.items() if arm not in BASELINES)
 
 
 def test_cross_blocks_look_at_image_and_text_and_leave_the_text_alone():
@@ -711,22 +666,44 @@ def test_fid_is_of_test_captions_without_guidance_from_the_same_noise(monkeypatc
     seen = []
     monkeypatch.setattr(reproduce, "draw", lambda process, net, words, said, n, grid, w: seen.append((said, n, w)))
     monkeypatch.setattr(reproduce, "fid_to_test", lambda x: 0.0)
-    for arm in ("edm", reproduce.OURS):
-        reproduce.fid(reproduce.make(arm)[0], None, None, 5, 64)
+    for process in (Baseline("edm"), RectifiedFlow()):
+        reproduce.fid(process, None, None, 5, 64)
     (said, n, w), (again, same, other) = seen
     assert said == again and torch.equal(n, same) and (w, other) == (1.0, 1.0) and len(said) == 64
 
 
 def test_captions_are_asked_for_as_the_criterion_says(monkeypatch):
-    monkeypatch.setattr(reproduce, "published", lambda run: (RectifiedFlow(), None, None))
-    monkeypatch.setattr(reproduce, "draw", lambda flow, net, words, said, n, grid, w, encoders: (w, encoders))
-    monkeypatch.setattr(reproduce.text, "follow",
-                        lambda how, said: (how, reproduce.text.read_caption(said[0])[0], said))
-    row = reproduce.ask(["smoke=true", "asked=40"], 0)
-    for name, (how, _, said) in row.items():
-        triples = [one[0] for one in map(reproduce.text.read_caption, said)]
-        assert all(bool(reproduce.text.held_out(one["digit"], one["thickness"], one["slant"])) == (name != "seen")
-                   for one in triples) and len(said) == 40
-    assert {name: how for name, (how, _, _) in row.items()} == {
+    monkeypatch.setattr(reproduce, "network", lambda run: (RectifiedFlow(), None, None))
+    monkeypatch.setattr(reproduce, "draw", lambda flow, net, words, said, noise, grid, w, encoders: (
+        w, encoders, noise[0, 0, 0, 0].item(), len(grid)))
+    monkeypatch.setattr(reproduce.text, "follow", lambda how, said: (how, said))
+    run = Section(config=Section(reproduce=Section(asked=40), sample=Section(guidance=3.0, steps=25)))
+    asked = {captions: reproduce.ask(run, captions, 7) for captions in reproduce.ASKED}
+    noise = torch.randn(40, 1, 28, 28, generator=seeded(7))
+    for captions, (how, said) in asked.items():
+        triples = [reproduce.text.read_caption(one)[0] for one in said]
+        assert len(said) == 40 and all(bool(reproduce.text.held_out(
+            one["digit"], one["thickness"], one["slant"])) == (captions != "seen") for one in triples)
+        assert how[2:] == (noise[0, 0, 0, 0].item(), 26)                         # the same noise for all
+    assert {captions: how[:2] for captions, (how, _) in asked.items()} == {
         "held out": (3.0, (1, 1, 1)), "held out, w = 1": (1.0, (1, 1, 1)), "seen": (3.0, (1, 1, 1)),
         "held out, no tokens": (3.0, (1, 1, 0)), "held out, tokens only": (3.0, (0, 0, 1))}
+
+
+def test_what_is_measured_of_an_arm(monkeypatch, tmp_path):
+    for step in (4, 12):
+        (tmp_path / f"snapshot_{step:06d}.safetensors").touch()
+    cfg = Section(sample_steps=[5, 20, 50], n=8)
+    run = Section(config=Section(reproduce=cfg), read=lambda path: Section(path=path))
+    weights = Section(path=tmp_path / "weights.safetensors")
+    loaded = lambda run, weights, **names: (sorted(names), torch.nn.Linear(2, 2), weights.path.stem)
+    monkeypatch.setattr(reproduce, "loaded", loaded)
+    monkeypatch.setattr(reproduce, "fid", lambda process, net, words, steps, n: (process, words, steps, n))
+    monkeypatch.setattr(reproduce, "validation", lambda net, words, cfg: torch.tensor([1.0, 2.0]))
+    row = reproduce.measure(run, weights, "edm", 0)
+    assert row == {"parameters": 6, "fid": {str(n): (["RectifiedFlow"], "weights", n, 8) for n in (5, 20, 50)}}
+    row = reproduce.measure(run, weights, reproduce.OURS, 0)
+    assert row["fid"]["50"] == ([], "weights", 50, 8) and row["validation"] == 1.5
+    assert row["snapshot_fid"] == {step: ([], f"snapshot_{int(step):06d}", 20, 8) for step in ("4", "12")}
+    assert row["snapshot_validation"] == {"4": 1.5, "12": 1.5}
+    assert reproduce.measure(run, weights, reproduce.CROSS, 0) == {"parameters": 6, "validation": 1.5}
