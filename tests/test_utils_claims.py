@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +110,7 @@ smoke: {train: {steps: 1}}
 """
 TRAIN = """
 import os
+import signal
 from types import SimpleNamespace
 import torch
 from model import Loss, Net
@@ -389,3 +391,29 @@ def test_workers_are_kept_for_the_next_work_and_ended_by_an_error():
         list(workers.run(divmod, [(1, 1), (1, 0), (1, 1)]))
     assert workers._pool is None
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_is_killed_ends_the_work_with_one_line():
+    workers = Workers(2)
+    with pytest.raises(UserError, match="ended from outside.*workers=1"):
+        list(workers.run(_die, [(i,) for i in range(4)]))
+    assert workers._pool is None and not multiprocessing.active_children()
+    assert list(workers.run(pow, [(2, 3), (2, 4)])) == [8, 16]                   # and the next work has new ones
+    workers.close()
+
+
+def _die(i):
+    """Job 2 is killed as the system kills a process for want of memory."""
+    if i == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return i
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path, launch):
+    script = tmp_path / "mine.py"
+    script.write_text("from utils import cli, parallel\n\n"
+                      "cli(lambda: print(list(parallel(pow, [(2, 3), (2, 4)], 2))))\n", encoding="utf-8")
+    process = launch(script)
+    assert process.wait() == 2, process.err            # it once started processes for ever
+    last = process.err.splitlines()[-1]
+    assert last.startswith("error: ") and "__main__" in last and "ended from outside" not in process.out

@@ -4,8 +4,12 @@ import multiprocessing
 import os
 import signal
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
+
+from .errors import UserError
 
 
 def cores():
@@ -36,19 +40,25 @@ class Workers:
         if size > self._size:
             self.close()
             context = multiprocessing.get_context("spawn")                 # a forked torch may hang
-            self._pool, self._size = context.Pool(size, _quiet), size
+            self._pool, self._size = ProcessPoolExecutor(size, context, _quiet), size
         try:
-            for result in [self._pool.apply_async(function, job) for job in jobs]:
-                yield result.get()
+            for result in [self._pool.submit(function, *job) for job in jobs]:
+                yield result.result()
+        except BrokenProcessPool:
+            self.close()
+            raise UserError("a worker process was ended from outside, perhaps for want of memory: what is finished is "
+                            "kept; start the same command again with workers=1. (A script of your own that calls this "
+                            'needs `if __name__ == "__main__":` around the call.)') from None
         except BaseException:                          # also a reader who wants no more: the rest is not waited for
             self.close()
             raise
 
     def close(self):
-        """End the processes."""
+        """End the processes, whatever they are doing."""
         if self._pool is not None:
-            self._pool.terminate()
-            self._pool.join()
+            for process in list((self._pool._processes or {}).values()):   # Python 3.14 has terminate_workers for it
+                process.terminate()
+            self._pool.shutdown(wait=True, cancel_futures=True)
         self._pool, self._size = None, 0
 
 
