@@ -116,7 +116,7 @@ class EDM(nn.Module):
         return ((x0 + 1) / 2 - self.mean) / self.std * self.sigma_data
 
     def to_image(self, y):
-        """The inverse of `standardise`: y -> images in [-1, 1]."""
+        """The inverse of `standardise` (Sec. 5): y -> images in [-1, 1]."""
         return (y / self.sigma_data * self.std + self.mean) * 2 - 1
 
     def coefficients(self, sigma):
