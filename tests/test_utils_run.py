@@ -88,8 +88,8 @@ def refused(*argv):
 # ------------------------------------------------------------------ one run
 def test_what_a_run_leaves(straight):
     names = {p.name for p in straight.folder.iterdir()}
-    assert names == {".lock", "last.pt", "previous.pt", "loss.png", "metrics.jsonl", "results.json", "run.json",
-                     "weights.safetensors"}
+    assert names == {".lock", ".results.lock", "last.pt", "previous.pt", "loss.png", "metrics.jsonl",
+                     "results.json", "run.json", "weights.safetensors"}
     assert [step for step, _ in straight.outcome[2]] == [3, 6, 9, 12]
     assert straight.result.steps == 12 and straight.result.parameters > 1000
     entry = json.loads((straight.folder / "results.json").read_text())["train"]
@@ -144,6 +144,57 @@ def test_log_takes_different_values_at_different_steps(tmp_path):
 def test_ramp():
     assert [ramp(s, 2, 10) for s in (0, 1, 2, 5, 9)] == pytest.approx([0.5, 0.9, 0.8, 0.5, 0.1])
     assert ramp(0, 0, 10) == 1
+
+
+# ------------------------------------------------------------------ weights before bookkeeping
+BROKEN = {"": "results.json is empty: ", "[1]": "must hold an object of names, {...}, not a list: ",
+          '{\n<<<<<<< HEAD\n "a": 1\n=======\n "a": 2\n>>>>>>> b\n}': "results.json holds a merge conflict: ",
+          '{"a": 1,': "results.json is no JSON at line 1 ("}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_results_json_does_not_cost_the_weights(straight, tmp_path, monkeypatch, text):
+    from utils import run as module
+
+    def with_damage(net, path, *rest, **config):
+        path.with_name("results.json").write_text(text)
+        return save_weights(net, path, *rest, **config)
+
+    monkeypatch.setattr(module, "save_weights", with_damage)
+    error = refused(*tiny(tmp_path))
+    assert error.startswith("the weights are whole, ") and BROKEN[text] in error and "move it away" in error
+    assert outcome(run_folder(tmp_path)) == straight.outcome
+    assert (run_folder(tmp_path) / "results.json").read_text() == text                  # the reader's, to be mended
+
+
+def test_a_broken_published_results_json_is_said_before_the_work(launch, lesson):
+    (lesson / "results").mkdir()
+    (lesson / "results" / "results.json").write_text("[]")
+    argv = ["smoke=true", "publish=true", "device=cpu", "threads=1"]
+    for script in ("train.py", "sample.py"):
+        assert "must hold an object of names" in launch(lesson / script, *argv).error()
+    assert not (lesson / "runs").exists()
+
+
+def test_weights_then_numbers_then_pictures_then_publishing(launch, lesson):
+    watch = "import os; old = os.replace\n" \
+            "os.replace = lambda a, b: (print('WROTE', *b.parts[-3:], sep='/'), old(a, b))[1]"
+    process = launch(lesson / "train.py", "smoke=true", "publish=true", "device=cpu", "threads=1", before=watch)
+    assert process.wait() == 0, process.err
+    wrote = [line.split("/")[-2:] for line in process.out.splitlines() if "WROTE" in line]
+    run, results = "001", "results"
+    assert wrote[wrote.index([run, "weights.safetensors"]):] == [
+        [run, "weights.safetensors"], [run, "results.json"], [results, "results.json"], [run, "loss.png"],
+        [results, "weights.safetensors"], [results, "loss.png"]]
+
+
+def test_a_broken_matplotlib_costs_the_curve_only(launch, straight, tmp_path):
+    hide = "import sys; sys.modules['matplotlib.figure'] = None"
+    process = launch("lesson_05/train.py", *tiny(tmp_path), before=hide)
+    assert process.wait() == 0 and "warning: no loss.png (ModuleNotFoundError" in process.err, process.err
+    folder = run_folder(tmp_path)
+    assert outcome(folder) == straight.outcome and not (folder / "loss.png").exists()
+    assert "train" in json.loads((folder / "results.json").read_text())
 
 
 # ------------------------------------------------------------------ resuming

@@ -24,7 +24,7 @@ from utils import images as pictures
 from utils import scores as judging
 from utils.device import auto_precision, device_name, fast_bf16, peak_memory_mb
 from utils.errors import cli, disk_error
-from utils.files import lock
+from utils.files import lock, read_json, update_json
 
 
 # ------------------------------------------------------------------ averages of weights
@@ -243,6 +243,37 @@ def test_two_writers_of_one_file_leave_one_of_the_two(tmp_path):
         assert not path.exists() or path.read_text() in texts
     assert os.waitpid(child, 0)[1] == 0
     assert path.read_text() in texts and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("text, part", [
+    ("", " is empty: "), (" \n", " is empty: "), ("[]", " must hold an object of names, {...}, not a list: "),
+    ("3", "not a int"), ('{"a":\n 1', " is no JSON at line 2 (Expecting ',' delimiter): "),
+    ("[" * 100_000, " is no JSON at line 1 (too deep): "), ("<<<<<<< HEAD\n{}\n", " holds a merge conflict: "),
+    (b"\xff\xfe", " is not UTF-8 text: ")])
+def test_json_that_is_none_is_one_line(tmp_path, text, part):
+    path = tmp_path / "results.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as info:
+        read_json(path)
+    assert f"{path}{part}" in str(info.value) or part in str(info.value) and "int" in part
+    assert str(info.value).endswith("mend it, or move it away and start again") and "\n" not in str(info.value)
+    with pytest.raises(UserError), update_json(path):
+        pytest.fail("not reached")
+    write_json(path, {"a": [1]})
+    assert read_json(path) == {"a": [1]} and read_json(tmp_path / "absent.json") == {}
+
+
+def test_processes_that_record_at_once_keep_each_others_numbers(tmp_path):
+    path, pids = tmp_path / "results.json", []
+    for child in range(3):
+        if not (pid := os.fork()):
+            for i in range(15):
+                with update_json(path) as content:
+                    content[f"{child}_{i}"] = i
+            os._exit(0)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 3
+    assert len(read_json(path)) == 45
 
 
 def test_atomic_replaces_regular_files_only(tmp_path):

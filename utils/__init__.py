@@ -24,7 +24,7 @@ from .config import Section
 from .data import digits, to_float, to_uint8
 from .ema import EMA
 from .errors import UserError, cli
-from .files import ROOT, atomic, write_json
+from .files import ROOT, atomic, read_json, update_json, write_json
 from .images import figure, grid, save_figure, save_gif, save_grid, save_losses, save_npz, save_strip
 from .parallel import parallel
 from .plots import dots, lines, ticks
@@ -36,6 +36,7 @@ __all__ = [
     "Arm", "Claim", "EMA", "OLD_RULE", "ROOT", "Rows", "Run", "Section", "UserError", "Weights", "above",
     "arm_weights", "atomic", "below", "classify", "cli", "code_hash", "derive", "deviation", "digits", "dots",
     "fid_to_test", "figure", "floor", "grid", "lines", "mean_std", "parallel", "pooled", "published", "ramp",
-    "report", "save_figure", "save_gif", "save_grid", "save_json", "save_losses", "save_npz", "save_strip",
-    "save_weights", "saved", "score", "seeded", "ticks", "to_float", "to_uint8", "trained", "verdict", "write_json",
+    "read_json", "report", "save_figure", "save_gif", "save_grid", "save_json", "save_losses", "save_npz", "save_strip",
+    "save_weights", "saved", "score", "seeded", "ticks", "to_float", "to_uint8", "trained", "update_json", "verdict",
+    "write_json",
 ]

@@ -25,7 +25,7 @@ import torch
 
 from .config import Section
 from .errors import Diverged, UserError
-from .files import write_json
+from .files import read_json, update_json, write_json
 from .parallel import Workers
 from .run import Run, trained
 from .syntax import KINDS, dump
@@ -144,9 +144,9 @@ class Claim:
             self.run.output(plot, self, "claim.png")
         self.run.record("claim", minutes=content["minutes"], verdicts={
             letter: one["verdict"] for letter, one in self.claims.items()}, **plain(record))
-        path = self.run.lesson / "results" / "results.json"
         if headline and self.cfg.publish:
-            write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "headline": headline})
+            with update_json(self.run.lesson / "results" / "results.json") as results:
+                results["headline"] = headline
         return content
 
     def text(self):
@@ -451,4 +451,4 @@ def _infinite(value):
 
 def _minutes(path):
     """How long an arm took to train, also if that was in an earlier call."""
-    return json.loads((path.parent / "results.json").read_text(encoding="utf-8")).get("train", {}).get("minutes", 0)
+    return read_json(path.parent / "results.json").get("train", {}).get("minutes", 0)

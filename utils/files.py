@@ -9,6 +9,8 @@ import sys
 import threading
 from pathlib import Path
 
+from .errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent          # the checkout
 
 
@@ -66,6 +68,39 @@ def write_json(path, value):
     """Write `value` as indented JSON, whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path):
+    """What a JSON file holds: a dict, empty where there is no such file. UserError that says what is wrong with it."""
+    path = Path(path)
+    if not path.exists():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except UnicodeDecodeError:
+        raise UserError(f"{short(path)} is not UTF-8 text: {_MEND}") from None
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        reason = "holds a merge conflict" if any(row.startswith("<<<<<<<") for row in text.splitlines()) else (
+            f"is no JSON at line {line} ({getattr(error, 'msg', 'too deep')})" if text.strip() else "is empty")
+        raise UserError(f"{short(path)} {reason}: {_MEND}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{short(path)} must hold an object of names, {{...}}, not a {type(content).__name__}: {_MEND}")
+    return content
+
+
+_MEND = "mend it, or move it away and start again"
+
+
+@contextlib.contextmanager
+def update_json(path):
+    """Yield the dict that a JSON file holds, to be changed, and write it: nobody else changes it in between."""
+    path = Path(path)
+    with lock(path.with_name(f".{path.stem}.lock")):
+        content = read_json(path)
+        yield content
+        write_json(path, content)
 
 
 def lesson_name(folder):

@@ -22,8 +22,8 @@ import torch
 from . import checkpoint
 from .config import OVERLAYS, load, plain, split
 from .device import device_name, peak_memory_mb, start
-from .errors import UserError
-from .files import atomic, lesson_name, lock, numbered, short, write_json
+from .errors import UserError, disk_error
+from .files import atomic, lesson_name, lock, numbered, read_json, short, update_json, write_json
 from .log import Log, progress
 from .syntax import code_hash
 from .weights import Weights, choose, save_weights
@@ -51,6 +51,8 @@ class Run:
             if self.script == "train" and getattr(self.settings, "resume", False):
                 self.config = load(config, self.script, self._resume(), cuda, quiet=True)
                 checkpoint.check_same(self._resumed, self.config, self.script, self.folder.name)
+            if self.settings.publish:                  # a damaged file is said before the work, not after it
+                read_json(self.lesson / "results" / "results.json")
             self.accelerator, self.precision = start(self.settings.device, self.settings.precision)
         except BaseException:
             self._release()
@@ -304,8 +306,8 @@ class Run:
                 leftover.unlink()
         self._resumed = checkpoint.newest(self.folder, self.name)
         try:
-            before = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["argv"]
-        except (OSError, ValueError, KeyError):
+            before = read_json(self.folder / "run.json").get("argv", [])
+        except (OSError, UserError):
             before = []
         # An overlay named again would be laid over the values that followed it.
         laid = [split(a) for a in before if split(a)[0] in OVERLAYS]
@@ -326,12 +328,13 @@ class Run:
         return result
 
     def _write_results(self, ema, networks):
-        """What `finish` leaves in the folder; the weights last, for they say that the run is finished."""
-        records, pictures = self._log.lines(), []
-        if records and "loss" in records[0]:
-            from .images import save_losses
+        """What `finish` leaves in the folder: first the weights, which cost the most, then numbers, then pictures.
 
-            pictures = [save_losses(records, self.folder / "loss.png")]
+        What goes wrong after the weights costs only itself.
+        """
+        weights = self.folder / "weights.safetensors"
+        save_weights(ema.module, weights, self.name, **{k: plain(v) for k, v in networks.items()})
+        records, pictures = self._log.lines(), []
         numbers = {
             "steps": self.step, "minutes": round(self.seconds / 60, 2),
             "images_per_second": round(self.step * self.settings.batch_size / max(self.seconds, 1e-9)),
@@ -340,14 +343,31 @@ class Run:
             "peak_memory_mb": round(peak_memory_mb(self.device)),
             "loss": records[-1].get("loss") if records else None,
         }
-        self.record("train" if self.device.type == "cpu" else "train_gpu", **numbers)
-        weights = self.folder / "weights.safetensors"
-        save_weights(ema.module, weights, self.name, **{k: plain(v) for k, v in networks.items()})
+        try:
+            failed = None
+            self.record("train" if self.device.type == "cpu" else "train_gpu", **numbers)
+        except (UserError, OSError) as error:
+            failed = isinstance(error, OSError) and disk_error(error) or error
+        if records and "loss" in records[0]:
+            pictures = self._losses(records)
         if self.settings.publish:
             for path in [weights, *pictures]:
                 self.publish(path)
         print(f"trained for {numbers['minutes']} minutes on {device_name(self.device)}: {weights}")
+        if failed:
+            raise UserError(f"the weights are whole, the numbers of this run could not be kept: {failed}")
         return SimpleNamespace(folder=self.folder, weights=weights, records=records, **numbers)
+
+    def _losses(self, records):
+        """[path of loss.png]; [] and a warning where it cannot be drawn."""
+        try:
+            from .images import save_losses
+
+            return [save_losses(records, self.folder / "loss.png")]
+        except Exception as error:                     # whatever a broken matplotlib or a full disk does
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"warning: no loss.png ({reason}); the weights and the numbers are whole", file=sys.stderr)
+            return []
 
     def close(self):
         """Let go of the folder and of the other processes."""
@@ -363,10 +383,8 @@ class Run:
                  "seed": self.settings.seed, "device": device_name(self.device), "dtype": self.precision,
                  "torch": torch.__version__, "script": self.script, "code": self.code}
         for folder in [self.folder] + [self.lesson / "results"] * bool(self.settings.publish):
-            path = folder / "results.json"
-            results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            results[name] = entry
-            write_json(path, results)
+            with update_json(folder / "results.json") as results:
+                results[name] = entry
         return entry
 
     def output(self, save, content, name, **options):
@@ -425,9 +443,9 @@ def trained(train, folder, argv, lesson):
     runs = Path(folder) / ("smoke" if wanted["train"]["smoke"] else "")
     runs = [p for p in numbered(runs) if (p / "run.json").exists()]
     if runs:
-        made = json.loads((runs[-1] / "run.json").read_text(encoding="utf-8"))
-        same = made["code"] == code_hash(lesson) and all(
-            made["config"].get(s) == v for s, v in wanted.items() if s not in ("sample", "reproduce"))
+        made = read_json(runs[-1] / "run.json")
+        same = made.get("code") == code_hash(lesson) and all(
+            made.get("config", {}).get(s) == v for s, v in wanted.items() if s not in ("sample", "reproduce"))
         if same and (runs[-1] / "weights.safetensors").exists():
             return runs[-1] / "weights.safetensors"
         if same and checkpoint.checkpoints(runs[-1]):
