@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ROOT, load
 from utils import EMA, Run, UserError, Weights, code_hash, digits, ramp, save_weights, trained
 from utils.checkpoint import read_checkpoint
-from utils.files import lesson_name, numbered
+from utils.files import check_names, lesson_name, numbered
 from utils.run import Stopped
 
 train, sample = load("lesson_05", "train"), load("lesson_05", "sample")
@@ -732,7 +732,33 @@ def test_a_full_disk_keeps_the_last_checkpoint(launch, straight, tmp_path):
     assert outcome(train.main(tiny(tmp_path, "--resume")).folder) == straight.outcome
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and /dev/full")
+STEMS = ("", "../a", "/a", "sub/a", "sub\\a", "c:a", ".hidden", "..", " a", "a.", "a?", "a\nb")
+
+
+def test_names_that_a_reader_gives_are_plain_and_end_as_they_should():
+    for key, ending in (("gif", ".gif"), ("npz", ".npz"), ("out", ".png")):
+        check_names(SimpleNamespace(runs="runs", **{key: f"my digits, \xe9{ending}"}), ROOT)
+        check_names(SimpleNamespace(runs="runs", **{key: ""}), ROOT)
+        for name in [*(stem + ending for stem in STEMS), "true", "weights.safetensors", "model.py", f"a{ending}.txt"]:
+            with pytest.raises(UserError, match=rf"must be a plain file name that ends in \{ending}, such as") as info:
+                check_names(SimpleNamespace(runs="runs", **{key: name}), ROOT)
+            assert str(info.value).startswith(f"{key}=")
+    for runs in ("", " ", ".", "runs/..", str(ROOT)):
+        with pytest.raises(UserError, match="must name a folder of its own, such as runs=runs"):
+            check_names(SimpleNamespace(runs=runs), ROOT)
+
+
+def test_no_name_replaces_weights_or_code(launch, lesson, weights):
+    (lesson / "runs/smoke/001").mkdir(parents=True)
+    shutil.copy(weights, lesson / "runs/smoke/001")
+    before = {path: path.read_bytes() for path in lesson.rglob("*.*") if path.is_file()}
+    for name in ("gif=weights.safetensors", "npz=../../../model.py"):
+        assert "must " in launch(lesson / "sample.py", "smoke=true", "threads=1", name).error()
+    assert "must name a folder" in launch(lesson / "train.py", "smoke=true", "runs=").error()
+    assert {path: path.read_bytes() for path in lesson.rglob("*.*") if path.is_file()} == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_places_that_cannot_be_written_are_one_line(launch, weights, tmp_path):
     (tmp_path / "file").write_text("here")
     for runs, part in (("/proc/x", "/proc/x"), (tmp_path / "file", "a file stands where a folder is needed"),
@@ -741,9 +767,8 @@ def test_places_that_cannot_be_written_are_one_line(launch, weights, tmp_path):
         assert part in launch("lesson_05/train.py", *tiny(runs)).error()
     argv = ["smoke=true", f"weights={weights}", f"runs={tmp_path / 'runs'}", "threads=1"]
     assert part in launch("lesson_05/sample.py", *argv, f"gif={'x' * 300}.gif").error()
-    assert "a device, not a file" in launch("lesson_05/sample.py", *argv, "npz=/dev/full").error()
-    assert "a device, not a file" in launch("lesson_05/sample.py", *argv, f"npz={tmp_path}").error()
-    assert os.path.exists("/dev/full") and not os.path.isfile("/dev/full")
+    (tmp_path / "runs" / "smoke" / "samples" / "folder.npz").mkdir(parents=True)
+    assert "a device, not a file" in launch("lesson_05/sample.py", *argv, "npz=folder.npz").error()
     assert (tmp_path / "file").read_text() == "here"
 
 

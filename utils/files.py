@@ -103,6 +103,21 @@ def update_json(path):
         write_json(path, content)
 
 
+ENDINGS = {"out": ".png", "gif": ".gif", "npz": ".npz"}    # keys by which a reader names a file of the run's folder
+
+
+def check_names(settings, lesson):
+    """UserError if a name that the reader gave is no plain file name with its ending, or `runs` is no folder apart."""
+    for key, ending in ENDINGS.items():
+        name = str(getattr(settings, key, ""))
+        stem, beyond = name.removesuffix(ending), set(name) & set('/\\:*?"<>|') or not name.isprintable()
+        if name and (not name.endswith(ending) or stem.strip(". ") != stem or not stem or beyond):
+            raise UserError(f"{key}={name} must be a plain file name that ends in {ending}, such as mine{ending}; the "
+                            "file goes to the run's folder (runs=FOLDER chooses another)")
+    if not settings.runs.strip() or (lesson / settings.runs).resolve() == lesson:
+        raise UserError(f'runs={settings.runs or chr(34) * 2} must name a folder of its own, such as runs=runs')
+
+
 def lesson_name(folder):
     """lesson_05 or lesson_05/sublesson_a: what checkpoints and weights say they belong to."""
     folder = Path(folder)

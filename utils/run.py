@@ -23,7 +23,7 @@ from . import checkpoint
 from .config import OVERLAYS, load, plain, split
 from .device import device_name, peak_memory_mb, start
 from .errors import UserError, disk_error
-from .files import atomic, lesson_name, lock, numbered, read_json, short, update_json, write_json
+from .files import atomic, check_names, lesson_name, lock, numbered, read_json, short, update_json, write_json
 from .log import Log, progress
 from .syntax import code_hash
 from .weights import Weights, choose, save_weights
@@ -47,6 +47,7 @@ class Run:
         self._start, self._seconds_before, self._waited = None, 0.0, 0.0
         config, cuda = self.lesson / "config.yaml", torch.cuda.is_available()
         self.config = load(config, self.script, self.argv, cuda)
+        check_names(self.settings, self.lesson)
         try:
             if self.script == "train" and getattr(self.settings, "resume", False):
                 self.config = load(config, self.script, self._resume(), cuda, quiet=True)
