@@ -543,6 +543,39 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
     assert (tmp_path / "w.safetensors").read_bytes() == before
 
 
+def test_compiled_networks_leave_the_same_files(straight, tmp_path, monkeypatch):
+    """By torch.compile in train.py, and by accelerate's variable; compiled and plain runs resume each other."""
+    from torch._dynamo import reset
+
+    prepare = Run.prepare
+
+    def compiled(run, *objects):
+        ready = prepare(run, *objects)
+        return tuple(torch.compile(part, backend="eager") if hasattr(part, "stem") else part
+                     for part in ready)
+
+    for way in ("variable", "train.py"):
+        with monkeypatch.context() as patch:
+            if way == "variable":
+                patch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+            else:
+                patch.setattr(Run, "prepare", compiled)
+            with patch.context() as stopping, pytest.raises(Stopped):
+                stop_after(stopping, 5)
+                train.main(tiny(tmp_path / way))
+            saved = read_checkpoint(run_folder(tmp_path / way) / "last.pt", "lesson_05")["states"]
+            assert not [key for name in ("net", "ema") for key in saved[name] if "_orig_mod" in key]
+            if way == "variable":                      # compiled to the end; the other one goes on plain
+                train.main(tiny(tmp_path / way, "--resume"))
+        if way == "train.py":
+            train.main(tiny(tmp_path / way, "--resume"))
+        assert outcome(run_folder(tmp_path / way)) == straight.outcome
+    net = torch.compile(train.UNet(**straight.outcome[1]["unet"]), backend="eager")
+    assert Weights(straight.result.weights, "lesson_05").load(net) is net
+    assert torch.equal(net.stem.weight.half(), load_file(straight.result.weights)["stem.weight"])
+    reset()
+
+
 def test_names_of_lessons():
     assert lesson_name("/a/lesson_05") == "lesson_05"
     assert lesson_name("/a/lesson_05/sublesson_a") == "lesson_05/sublesson_a"

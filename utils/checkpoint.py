@@ -14,6 +14,7 @@ import torch
 from .config import plain
 from .errors import Diverged, UserError, disk_error
 from .files import atomic, numbered, short
+from .weights import fill, state_of
 
 FORMAT = "zero-to-hero checkpoint 1"
 NEEDED = {"lesson", "config", "step", "seconds", "states", "scaler", "random", "random_cuda"}
@@ -99,7 +100,7 @@ def check_same(saved, config, script, name):
 # ------------------------------------------------------------------ states
 def states(objects, folder, step):
     """{name: state} of networks, optimizers and averages. Weights that are not finite are refused."""
-    found = {name: _bare(item).state_dict() for name, item in objects.items()}
+    found = {name: state_of(item) for name, item in objects.items()}
     for name, item in objects.items():
         if isinstance(item, torch.nn.Module) and not all(
                 bool(value.isfinite().all()) for value in item.state_dict().values() if value.is_floating_point()):
@@ -112,7 +113,7 @@ def load_states(objects, saved, folder):
     """Give the objects the states of a checkpoint that go by their names."""
     for name, item in objects.items():
         try:
-            _bare(item).load_state_dict(saved["states"][name])
+            fill(item, saved["states"][name])
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint in {folder} does not fit: {str(error).splitlines()[0]}; "
                             "train anew without --resume") from None
@@ -134,8 +135,3 @@ def set_random_states(saved, device, rank):
     torch.set_rng_state(saved["random"][rank])
     if device.type == "cuda" and saved["random_cuda"]:
         torch.cuda.set_rng_state(saved["random_cuda"][rank])
-
-
-def _bare(item):
-    """A network without its distributed wrapper."""
-    return item.module if isinstance(item, torch.nn.parallel.DistributedDataParallel) else item

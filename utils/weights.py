@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import torch
+
 from .config import Section
 from .errors import Diverged, UserError
 from .files import atomic, numbered
@@ -37,8 +39,7 @@ class Weights:
     def load(self, net):
         """Copy the weights into `net` (float32). Every parameter must be there with its shape."""
         try:
-            net.load_state_dict({key: value.float() if value.is_floating_point() else value
-                                 for key, value in self.state.items()})
+            fill(net, {key: value.float() if value.is_floating_point() else value for key, value in self.state.items()})
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{self.path} does not fit this network ({reason}): train again") from None
@@ -50,12 +51,41 @@ def save_weights(net, path, lesson, **config):
     from safetensors.torch import save
 
     state = {key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
-             for key, value in net.state_dict().items()}
+             for key, value in state_of(net).items()}
     if bad := [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise Diverged(f"the weights are not finite ({bad[0]}): not written. Try a smaller lr or precision=fp32")
     with atomic(path) as temporary:
         temporary.write_bytes(save(state, {"lesson": lesson, "config": json.dumps(config)}))
     return path
+
+
+COMPILED = "_orig_mod."                                # what torch.compile puts into the names of a network's parts
+
+
+def bare(module):
+    """A network without the wrappers of several processes and of torch.compile."""
+    while True:
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        else:
+            return module
+
+
+def state_of(item):
+    """The state of a network, an average or an optimizer, under the names that it has without such wrappers."""
+    state = bare(item).state_dict()
+    return {key.replace(COMPILED, ""): v for key, v in state.items()} if isinstance(item, torch.nn.Module) else state
+
+
+def fill(item, state):
+    """Give a network, an average or an optimizer, wrapped or not, a state that `state_of` took, wrapped or not."""
+    item = bare(item)
+    if isinstance(item, torch.nn.Module):
+        names = {key.replace(COMPILED, ""): key for key in item.state_dict()}
+        state = {names.get(plain := key.replace(COMPILED, ""), plain): value for key, value in state.items()}
+    item.load_state_dict(state)
 
 
 def choose(given, runs, published):
