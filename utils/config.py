@@ -55,7 +55,7 @@ def plain(value):
     return {name: plain(item) for name, item in vars(value).items()} if isinstance(value, Section) else value
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     pass
 
 
