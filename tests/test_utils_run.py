@@ -576,6 +576,23 @@ def test_compiled_networks_leave_the_same_files(straight, tmp_path, monkeypatch)
     reset()
 
 
+def test_utils_of_another_checkout_is_told_from_a_lesson_copied_out(lesson, tmp_path):
+    shutil.copytree(lesson, tmp_path / "copy")
+    (tmp_path / "copy").rename(lesson / "sublesson_a")
+    for folder in (lesson, lesson / "sublesson_a"):
+        assert Run(folder / "train.py", ["device=cpu"]).lesson == folder                # no checkout of its own
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils" / "run.py").touch()
+    for folder in (lesson, lesson / "sublesson_a"):
+        with pytest.raises(UserError) as info:
+            Run(folder / "train.py", ["device=cpu"])
+        for part in (f"{folder.name} stands in {tmp_path}", f"`utils` comes from {ROOT}", f"pip install -e {tmp_path}"):
+            assert part in str(info.value)
+    (tmp_path / "utils" / "run.py").unlink()
+    (tmp_path / "link").symlink_to(ROOT / "lesson_05")
+    assert Run(tmp_path / "link" / "train.py", ["device=cpu"]).lesson == ROOT / "lesson_05"
+
+
 def test_names_of_lessons():
     assert lesson_name("/a/lesson_05") == "lesson_05"
     assert lesson_name("/a/lesson_05/sublesson_a") == "lesson_05/sublesson_a"

@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import shlex
 import sys
 import threading
 from pathlib import Path
@@ -116,6 +117,16 @@ def check_names(settings, lesson):
                             "file goes to the run's folder (runs=FOLDER chooses another)")
     if not settings.runs.strip() or (lesson / settings.runs).resolve() == lesson:
         raise UserError(f'runs={settings.runs or chr(34) * 2} must name a folder of its own, such as runs=runs')
+
+
+def check_checkout(lesson):
+    """UserError if the lesson stands in one checkout and this `utils` in another, which an environment may mix."""
+    for folder in lesson.parents:
+        if (folder / "utils" / "run.py").is_file():
+            if not os.path.samefile(folder, ROOT):
+                raise UserError(f"{lesson.name} stands in {folder}, but `utils` comes from {ROOT}: use the Python of "
+                                f"{folder / '.venv'}, or `python -m pip install -e {shlex.quote(str(folder))}` first")
+            return
 
 
 def lesson_name(folder):

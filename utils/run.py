@@ -23,7 +23,7 @@ from . import checkpoint
 from .config import OVERLAYS, load, plain, split
 from .device import device_name, peak_memory_mb, start
 from .errors import UserError, disk_error
-from .files import atomic, check_names, lesson_name, lock, numbered, read_json, short, update_json, write_json
+from .files import atomic, check_checkout, check_names, lesson_name, lock, numbered, read_json, short, update_json, write_json
 from .log import Log, progress
 from .syntax import code_hash
 from .weights import Weights, choose, save_weights
@@ -38,6 +38,7 @@ class Run:
 
     def __init__(self, file, argv=None):
         self.lesson, self.script = Path(file).resolve().parent, Path(file).stem
+        check_checkout(self.lesson)
         self.name = lesson_name(self.lesson)
         self.code = code_hash(self.lesson, self.script)             # now: the files may change while this runs
         self.argv = list(sys.argv[1:] if argv is None else argv)
