@@ -18,6 +18,20 @@ from earlier import MLP, Diffusion, noise_like, swiss_roll, wide  # lesson 01
 
 
 # ------------------------------------------------------------------ Gaussian diffusion: Section 2 of the paper
+def temporal_basis(timesteps, bumps):
+    """Gaussian bumps over time (App. D.2.1), from -1 to 1, normalised at every t. (T, J)."""
+    time = torch.linspace(-1, 1, timesteps, dtype=torch.float64)[:, None]
+    centre = torch.linspace(-1, 1, bumps, dtype=torch.float64)
+    width = (centre[1] - centre[0]) / 2     # Differs from the paper, the whole distance: half, as in the released code.
+    bump = torch.exp(-(time - centre) ** 2 / (2 * width ** 2))
+    return bump / bump.sum(1, keepdim=True)
+
+
+def uniform_like(x, generator=None):
+    """Numbers between 0 and 1, for grey levels and the coins of Sec. 2.1. A CPU generator gives the same everywhere."""
+    return torch.rand_like(x) if generator is None else torch.rand(x.shape, generator=generator).to(x.device)
+
+
 class DPM(Diffusion):
     """Gaussian diffusion with a learned mean and covariance of every step back (Sec. 2). Holds no weights.
 
@@ -145,20 +159,6 @@ class DPM(Diffusion):
         for _, x, _ in self.reverse(net, xT, steps, r, generator):
             pass
         return self.restore(x)
-
-
-def temporal_basis(timesteps, bumps):
-    """Gaussian bumps over time (App. D.2.1), from -1 to 1, normalised at every t. (T, J)."""
-    time = torch.linspace(-1, 1, timesteps, dtype=torch.float64)[:, None]
-    centre = torch.linspace(-1, 1, bumps, dtype=torch.float64)
-    width = (centre[1] - centre[0]) / 2     # Differs from the paper, the whole distance: half, as in the released code.
-    bump = torch.exp(-(time - centre) ** 2 / (2 * width ** 2))
-    return bump / bump.sum(1, keepdim=True)
-
-
-def uniform_like(x, generator=None):
-    """Numbers between 0 and 1, for grey levels and the coins of Sec. 2.1. A CPU generator gives the same everywhere."""
-    return torch.rand_like(x) if generator is None else torch.rand(x.shape, generator=generator).to(x.device)
 
 
 # ------------------------------------------------------------------ multiplying distributions: posteriors, Section 2.5

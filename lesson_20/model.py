@@ -53,6 +53,13 @@ SCHEDULES = {
 }
 
 
+def iddpm_ladder(M=1000, C_1=0.001, C_2=0.008):
+    """u_0, ..., u_{M-1} of Table 1: the noise levels of the cosine schedule, beta at most 1 - C_1. Falling."""
+    abar = torch.sin(math.pi / 2 * torch.arange(M + 1, dtype=torch.float64) / M / (C_2 + 1)) ** 2
+    ratio = (abar[:-1] / abar[1:]).clamp(min=C_1)                           # of step j - 1 to j
+    return (1 / ratio.flip(0).cumprod(0).flip(0) - 1).sqrt()                # u_j^2 + 1 is the product from j on
+
+
 def noise_levels(name, steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """N = `steps` falling noise levels, then 0: (N + 1,) float64. Table 1, "time steps", as levels of noise.
 
@@ -86,14 +93,63 @@ def noise_levels(name, steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     return torch.cat([sigma, sigma.new_zeros(1)])                           # sigma_N = 0
 
 
-def iddpm_ladder(M=1000, C_1=0.001, C_2=0.008):
-    """u_0, ..., u_{M-1} of Table 1: the noise levels of the cosine schedule, beta at most 1 - C_1. Falling."""
-    abar = torch.sin(math.pi / 2 * torch.arange(M + 1, dtype=torch.float64) / M / (C_2 + 1)) ** 2
-    ratio = (abar[:-1] / abar[1:]).clamp(min=C_1)                           # of step j - 1 to j
-    return (1 / ratio.flip(0).cumprod(0).flip(0) - 1).sqrt()                # u_j^2 + 1 is the product from j on
+# ------------------------------------------------------------------ sampling: Sections 3, 4
+def ode_sampler(denoise, noise, sigmas, schedule="edm", solver="heun"):
+    """Algorithm 1: the probability flow ODE with Heun's or Euler's method. Any schedule on any noise levels.
+
+    denoise  D(x, sigma); noise (B, C, H, W) of variance 1; sigmas (N + 1,), the last one 0
+    Yields (sigma_i, x / s, D) after every step. The state is float64: the sum of many small steps keeps its digits.
+    Network calls: N with "euler", 2 N - 1 with "heun". Euler with schedule "edm" is DDIM.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} is none of {', '.join(SCHEDULES)}")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r} is none of {', '.join(SOLVERS)}")
+    plan = SCHEDULES[schedule]
+    times = plan.time(sigmas.to(noise.device))                              # t_i with sigma(t_i) = sigma_i
+
+    def slope(x, t):
+        sigma, s = plan.sigma(t), plan.scale(t)
+        clean = denoise(x / s, sigma)
+        growth = plan.sigma_dot(t) / sigma
+        return (growth + plan.scale_dot(t) / s) * x - growth * s * clean, clean                    # dx/dt
+
+    x = noise.double() * plan.sigma(times[0]) * plan.scale(times[0])        # Alg. 1: x_0 ~ N(0, s^2 sigma^2)
+    for sigma, t, t_next in zip(sigmas, times[:-1], times[1:]):
+        d, clean = slope(x, t)
+        x_next = x + (t_next - t) * d                                       # Euler step
+        if solver == "heun" and plan.sigma(t_next) > 0:                     # at sigma = 0 there is no slope
+            d_next, _ = slope(x_next, t_next)
+            x_next = x + (t_next - t) * (d + d_next) / 2                    # the trapezoidal rule
+        x = x_next
+        yield sigma, x / plan.scale(t_next), clean
 
 
-# ------------------------------------------------------------------ preconditioning and training: Sections 4, 5
+def stochastic_sampler(denoise, noise, sigmas, churn, s_min=0.05, s_max=50.0, s_noise=1.003, generator=None):
+    """Algorithm 2: before each Heun step noise is added, up to sigma-hat. For sigma(t) = t, s(t) = 1.
+
+    churn, s_min, s_max, s_noise: S_churn, S_tmin, S_tmax, S_noise. Yields (sigma_i, x, D) after every step.
+    """
+    if churn < 0:
+        raise ValueError(f"churn={churn} must not be negative")
+    steps = len(sigmas) - 1
+    x = noise.double() * sigmas[0].to(noise.device)
+    for sigma, sigma_next in zip(sigmas.to(noise.device)[:-1], sigmas.to(noise.device)[1:]):
+        gamma = min(churn / steps, math.sqrt(2) - 1) if s_min <= sigma <= s_max else 0.0
+        sigma_hat = sigma * (1 + gamma)
+        x_hat = x
+        if gamma:
+            x_hat = x + (sigma_hat ** 2 - sigma ** 2).sqrt() * s_noise * noise_like(x, generator)
+        clean = denoise(x_hat, sigma_hat)
+        d = (x_hat - clean) / sigma_hat
+        x = x_hat + (sigma_next - sigma_hat) * d                            # Euler step
+        if sigma_next > 0:
+            d_next = (x - denoise(x, sigma_next)) / sigma_next
+            x = x_hat + (sigma_next - sigma_hat) * (d + d_next) / 2         # 2nd order
+        yield sigma, x, clean
+
+
+# ------------------------------------------------------------------ preconditioning and training: Section 5
 # Adapted from lesson_07/model.py: SDE -- a denoiser for every noise level instead of the score at every time; loss and
 #   preconditioning that suit the level; the ODE apart, solved in steps of our choice
 class EDM(nn.Module):
@@ -175,59 +231,3 @@ class EDM(nn.Module):
         for _, x, _ in self.reverse(net, noise, sigmas, **how):
             pass
         return x
-
-
-# ------------------------------------------------------------------ sampling: Sections 3, 4
-def ode_sampler(denoise, noise, sigmas, schedule="edm", solver="heun"):
-    """Algorithm 1: the probability flow ODE with Heun's or Euler's method. Any schedule on any noise levels.
-
-    denoise  D(x, sigma); noise (B, C, H, W) of variance 1; sigmas (N + 1,), the last one 0
-    Yields (sigma_i, x / s, D) after every step. The state is float64: the sum of many small steps keeps its digits.
-    Network calls: N with "euler", 2 N - 1 with "heun". Euler with schedule "edm" is DDIM.
-    """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r} is none of {', '.join(SCHEDULES)}")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r} is none of {', '.join(SOLVERS)}")
-    plan = SCHEDULES[schedule]
-    times = plan.time(sigmas.to(noise.device))                              # t_i with sigma(t_i) = sigma_i
-
-    def slope(x, t):
-        sigma, s = plan.sigma(t), plan.scale(t)
-        clean = denoise(x / s, sigma)
-        growth = plan.sigma_dot(t) / sigma
-        return (growth + plan.scale_dot(t) / s) * x - growth * s * clean, clean                    # dx/dt
-
-    x = noise.double() * plan.sigma(times[0]) * plan.scale(times[0])        # Alg. 1: x_0 ~ N(0, s^2 sigma^2)
-    for sigma, t, t_next in zip(sigmas, times[:-1], times[1:]):
-        d, clean = slope(x, t)
-        x_next = x + (t_next - t) * d                                       # Euler step
-        if solver == "heun" and plan.sigma(t_next) > 0:                     # at sigma = 0 there is no slope
-            d_next, _ = slope(x_next, t_next)
-            x_next = x + (t_next - t) * (d + d_next) / 2                    # the trapezoidal rule
-        x = x_next
-        yield sigma, x / plan.scale(t_next), clean
-
-
-def stochastic_sampler(denoise, noise, sigmas, churn, s_min=0.05, s_max=50.0, s_noise=1.003, generator=None):
-    """Algorithm 2: before each Heun step noise is added, up to sigma-hat. For sigma(t) = t, s(t) = 1.
-
-    churn, s_min, s_max, s_noise: S_churn, S_tmin, S_tmax, S_noise. Yields (sigma_i, x, D) after every step.
-    """
-    if churn < 0:
-        raise ValueError(f"churn={churn} must not be negative")
-    steps = len(sigmas) - 1
-    x = noise.double() * sigmas[0].to(noise.device)
-    for sigma, sigma_next in zip(sigmas.to(noise.device)[:-1], sigmas.to(noise.device)[1:]):
-        gamma = min(churn / steps, math.sqrt(2) - 1) if s_min <= sigma <= s_max else 0.0
-        sigma_hat = sigma * (1 + gamma)
-        x_hat = x
-        if gamma:
-            x_hat = x + (sigma_hat ** 2 - sigma ** 2).sqrt() * s_noise * noise_like(x, generator)
-        clean = denoise(x_hat, sigma_hat)
-        d = (x_hat - clean) / sigma_hat
-        x = x_hat + (sigma_next - sigma_hat) * d                            # Euler step
-        if sigma_next > 0:
-            d_next = (x - denoise(x, sigma_next)) / sigma_next
-            x = x_hat + (sigma_next - sigma_hat) * (d + d_next) / 2         # 2nd order
-        yield sigma, x, clean

@@ -20,6 +20,25 @@ def noise_like(x, generator=None):
 
 
 # lesson_05/model.py
+def image(values):
+    """The scalars of Eq. (4), one for each image, to multiply images with: (B,) -> (B, 1, 1, 1) float32."""
+    return values.float()[:, None, None, None]
+
+
+# lesson_05/model.py
+def discretized_log_likelihood(x0, mean, sigma):
+    """log p(x_0 | x_1), Eq. (13): nats of N(mean, sigma^2) in the bin of x_0, 2/255 wide, the outer ones open."""
+    x0, mean, sigma = x0.double(), mean.double(), sigma.double()
+    upper = torch.where(x0 > 0.999, torch.inf, (x0 + 1 / 255 - mean) / sigma)
+    lower = torch.where(x0 < -0.999, -torch.inf, (x0 - 1 / 255 - mean) / sigma)
+    # Phi(u) - Phi(l) = Phi(-l) - Phi(-u): on the side where both are small, their logarithms keep the digits.
+    flip = lower > 0
+    upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
+    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
+    return (log_upper + torch.log1p(-torch.exp(log_lower - log_upper))).float()
+
+
+# lesson_05/model.py
 # Adapted from lesson_02/model.py: DPM -- a network of the noise, a plain squared error, a fixed covariance, grey levels
 class DDPM(nn.Module):
     """The process of Sec. 2 and 3: forward, reverse, loss, bound. Holds the schedule and no weights.
@@ -140,36 +159,17 @@ class DDPM(nn.Module):
 
 
 # lesson_05/model.py
-def image(values):
-    """The scalars of Eq. (4), one for each image, to multiply images with: (B,) -> (B, 1, 1, 1) float32."""
-    return values.float()[:, None, None, None]
-
-
-# lesson_05/model.py
-def discretized_log_likelihood(x0, mean, sigma):
-    """log p(x_0 | x_1), Eq. (13): nats of N(mean, sigma^2) in the bin of x_0, 2/255 wide, the outer ones open."""
-    x0, mean, sigma = x0.double(), mean.double(), sigma.double()
-    upper = torch.where(x0 > 0.999, torch.inf, (x0 + 1 / 255 - mean) / sigma)
-    lower = torch.where(x0 < -0.999, -torch.inf, (x0 - 1 / 255 - mean) / sigma)
-    # Phi(u) - Phi(l) = Phi(-l) - Phi(-u): on the side where both are small, their logarithms keep the digits.
-    flip = lower > 0
-    upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
-    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-    return (log_upper + torch.log1p(-torch.exp(log_lower - log_upper))).float()
+def initialised(layer, zero=False):
+    """The start of a layer of App. B in the official code: uniform, variance 2 / (fan in + fan out), or 0; biases 0."""
+    nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 # lesson_05/model.py
 def linear(c_in, c_out, zero=False):
     """A linear layer (App. B), started as the official code starts it."""
     return initialised(nn.Linear(c_in, c_out), zero)
-
-
-# lesson_05/model.py
-def initialised(layer, zero=False):
-    """The start of a layer of App. B in the official code: uniform, variance 2 / (fan in + fan out), or 0; biases 0."""
-    nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 # lesson_05/sublesson_c/model.py

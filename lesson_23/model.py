@@ -44,38 +44,106 @@ def guided(net, c, null, w=1.0):
 KINDS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 
 
-class DiT(nn.Module):
-    """A plain transformer over patches of the image (Sec. 3.2 and Fig. 3).
+def patchify(x, patch):
+    """Sec. 3.2, Fig. 4: (B, C, H, W) -> (B, N, C patch^2). With `stem` it is a convolution of stride `patch`."""
+    if x.shape[2] % patch or x.shape[3] % patch:
+        raise ValueError(f"patch={patch} does not divide an image of {x.shape[2]} x {x.shape[3]}")
+    return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
 
-    dim, depth, heads  width of a token, number of blocks, heads of their attention
-    patch              pixels along the side of a patch; a 28 x 28 image is (28 / patch)^2 tokens
-    conditioning       how time and class enter the blocks: one of KINDS
-    classes            the condition is 0 ... classes - 1, or `classes` for none
+
+def sincos_2d(dim, h, w):
+    """The place of each patch in a grid of h rows and w columns (Sec. 3.2), (h w, dim) float64; fixed, not learned.
+
+    The first half of the channels tells the column, the second the row: dim / 4 sines, then dim / 4 cosines.
     """
+    def sincos(place):
+        angle = place[:, None] / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+        return torch.cat([angle.sin(), angle.cos()], dim=1)                 # (h w, dim / 2)
 
-    def __init__(self, dim=384, depth=12, heads=6, patch=2, conditioning="adaln-zero", classes=10, image_channels=1):
+    row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.cat([sincos(column.flatten()), sincos(row.flatten())], dim=1)
+
+
+# Adapted from lesson_01/model.py: time_embedding -- cosines first; the frequencies end just above 1/10000
+def time_embedding(t, dim):
+    """Cosines, then sines, of t at dim / 2 frequencies from 1 down towards 1/10000 (App. A). (B,) -> (B, dim)."""
+    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class TimestepEmbedder(nn.Module):
+    """A vector for a time (App. A): sines and cosines, then two layers, started with a deviation of 0.02."""
+
+    def __init__(self, dim, frequencies=256):
         super().__init__()
-        if conditioning not in KINDS:
-            raise ValueError(f"conditioning={conditioning!r} is none of {', '.join(KINDS)}")
-        if dim % 4 or dim % heads:
-            raise ValueError(f"dim={dim} must be a multiple of 4 (two sines, two cosines) and of heads={heads}")
-        self.patch, self.conditioning = patch, conditioning
-        self.stem = linear(image_channels * patch ** 2, dim)
-        self.time, self.label = TimestepEmbedder(dim), LabelEmbedder(classes, dim)
-        self.blocks = nn.ModuleList([Block(dim, heads, conditioning) for _ in range(depth)])
-        self.final = FinalLayer(dim, 2 * image_channels * patch ** 2, adaptive=conditioning.startswith("adaln"))
+        self.frequencies = frequencies
+        self.into, self.out = linear(frequencies, dim), linear(dim, dim)
+        for layer in (self.into, self.out):
+            nn.init.normal_(layer.weight, std=0.02)
 
-    def forward(self, x, t, c):
-        """x (B, C, H, W), t (B,) int, c (B,) int -> the noise and v, (B, 2 C, H, W). H and W may differ."""
-        h, w = (side // self.patch for side in x.shape[2:])
-        x = self.stem(patchify(x, self.patch))                              # (B, N, D)
-        x = x + sincos_2d(x.shape[2], h, w).to(x)
-        emb = torch.stack([self.time(t), self.label(c)], dim=1)             # (B, 2, D)
-        if self.conditioning == "in-context":
-            x = torch.cat([x, emb], dim=1)                                  # two more tokens, like all others
-        for block in self.blocks:
-            x = block(x, emb)
-        return unpatchify(self.final(x[:, :h * w], emb), self.patch, h)
+    def forward(self, t):
+        """(B,) -> (B, D)."""
+        return self.out(F.silu(self.into(time_embedding(t, self.frequencies))))
+
+
+class LabelEmbedder(nn.Module):
+    """A learned vector for each class and, in the last row, for none (Sec. 3.1); started with a deviation of 0.02."""
+
+    def __init__(self, classes, dim):
+        super().__init__()
+        self.table = nn.Embedding(classes + 1, dim)
+        nn.init.normal_(self.table.weight, std=0.02)
+
+    def forward(self, c):
+        """(B,) int -> (B, D)."""
+        return self.table(c)
+
+
+def norm(dim, affine):
+    """LayerNorm over a token's channels (Sec. 3.2), without own scale and shift where the condition gives them."""
+    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
+
+
+def modulate(x, shift, scale):
+    """adaLN (Sec. 3.2): x (B, N, D), normalised, times 1 + scale, plus shift, both (B, 1, D). Zeros change nothing."""
+    return x * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    """Attention of several heads (Sec. 3.2): the tokens look at themselves, or at `source`."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = linear(dim, 3 * dim), linear(dim, dim)
+
+    def weights(self, x, source=None):
+        """How much each token looks at each (Sec. 3.2), (B, heads, N, M), and the values, (B, heads, M, D / heads)."""
+        if source is None:
+            q, k, v = self.qkv(x).chunk(3, dim=2)
+        else:
+            (of_q, of_kv), (bias_q, bias_kv) = (p.tensor_split([x.shape[2]]) for p in self.qkv.parameters())
+            q, (k, v) = F.linear(x, of_q, bias_q), F.linear(source, of_kv, bias_kv).chunk(2, dim=2)
+        q, k, v = (rearrange(a, "b n (h d) -> b h n d", h=self.heads) for a in (q, k, v))
+        return torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[3]), dim=3), v
+
+    def forward(self, x, source=None):
+        """x (B, N, D), source (B, M, D) -> (B, N, D)."""
+        weights, v = self.weights(x, source)
+        return self.out(rearrange(weights @ v, "b h n d -> b n (h d)"))
+
+
+class MLP(nn.Module):
+    """The "pointwise feedforward" of Fig. 3: two linear layers, a tanh GELU (App. A) between, four times as wide."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.into, self.out = linear(dim, 4 * dim), linear(4 * dim, dim)
+
+    def forward(self, x):
+        """(..., D) -> (..., D)."""
+        return self.out(F.gelu(self.into(x), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -126,108 +194,40 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
-def modulate(x, shift, scale):
-    """adaLN (Sec. 3.2): x (B, N, D), normalised, times 1 + scale, plus shift, both (B, 1, D). Zeros change nothing."""
-    return x * (1 + scale) + shift
-
-
-class Attention(nn.Module):
-    """Attention of several heads (Sec. 3.2): the tokens look at themselves, or at `source`."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.out = linear(dim, 3 * dim), linear(dim, dim)
-
-    def weights(self, x, source=None):
-        """How much each token looks at each (Sec. 3.2), (B, heads, N, M), and the values, (B, heads, M, D / heads)."""
-        if source is None:
-            q, k, v = self.qkv(x).chunk(3, dim=2)
-        else:
-            (of_q, of_kv), (bias_q, bias_kv) = (p.tensor_split([x.shape[2]]) for p in self.qkv.parameters())
-            q, (k, v) = F.linear(x, of_q, bias_q), F.linear(source, of_kv, bias_kv).chunk(2, dim=2)
-        q, k, v = (rearrange(a, "b n (h d) -> b h n d", h=self.heads) for a in (q, k, v))
-        return torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[3]), dim=3), v
-
-    def forward(self, x, source=None):
-        """x (B, N, D), source (B, M, D) -> (B, N, D)."""
-        weights, v = self.weights(x, source)
-        return self.out(rearrange(weights @ v, "b h n d -> b n (h d)"))
-
-
-class MLP(nn.Module):
-    """The "pointwise feedforward" of Fig. 3: two linear layers, a tanh GELU (App. A) between, four times as wide."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.into, self.out = linear(dim, 4 * dim), linear(4 * dim, dim)
-
-    def forward(self, x):
-        """(..., D) -> (..., D)."""
-        return self.out(F.gelu(self.into(x), approximate="tanh"))
-
-
-class TimestepEmbedder(nn.Module):
-    """A vector for a time (App. A): sines and cosines, then two layers, started with a deviation of 0.02."""
-
-    def __init__(self, dim, frequencies=256):
-        super().__init__()
-        self.frequencies = frequencies
-        self.into, self.out = linear(frequencies, dim), linear(dim, dim)
-        for layer in (self.into, self.out):
-            nn.init.normal_(layer.weight, std=0.02)
-
-    def forward(self, t):
-        """(B,) -> (B, D)."""
-        return self.out(F.silu(self.into(time_embedding(t, self.frequencies))))
-
-
-class LabelEmbedder(nn.Module):
-    """A learned vector for each class and, in the last row, for none (Sec. 3.1); started with a deviation of 0.02."""
-
-    def __init__(self, classes, dim):
-        super().__init__()
-        self.table = nn.Embedding(classes + 1, dim)
-        nn.init.normal_(self.table.weight, std=0.02)
-
-    def forward(self, c):
-        """(B,) int -> (B, D)."""
-        return self.table(c)
-
-
-# Adapted from lesson_01/model.py: time_embedding -- cosines first; the frequencies end just above 1/10000
-def time_embedding(t, dim):
-    """Cosines, then sines, of t at dim / 2 frequencies from 1 down towards 1/10000 (App. A). (B,) -> (B, dim)."""
-    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angle = t.float()[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-
-def patchify(x, patch):
-    """Sec. 3.2, Fig. 4: (B, C, H, W) -> (B, N, C patch^2). With `stem` it is a convolution of stride `patch`."""
-    if x.shape[2] % patch or x.shape[3] % patch:
-        raise ValueError(f"patch={patch} does not divide an image of {x.shape[2]} x {x.shape[3]}")
-    return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
-
-
 def unpatchify(x, patch, h):
     """Sec. 3.2: (B, N, patch^2 C) -> (B, C, H, W) for h rows of patches. Channels are the innermost here, not above."""
     return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=patch, q=patch)
 
 
-def sincos_2d(dim, h, w):
-    """The place of each patch in a grid of h rows and w columns (Sec. 3.2), (h w, dim) float64; fixed, not learned.
+class DiT(nn.Module):
+    """A plain transformer over patches of the image (Sec. 3.2 and Fig. 3).
 
-    The first half of the channels tells the column, the second the row: dim / 4 sines, then dim / 4 cosines.
+    dim, depth, heads  width of a token, number of blocks, heads of their attention
+    patch              pixels along the side of a patch; a 28 x 28 image is (28 / patch)^2 tokens
+    conditioning       how time and class enter the blocks: one of KINDS
+    classes            the condition is 0 ... classes - 1, or `classes` for none
     """
-    def sincos(place):
-        angle = place[:, None] / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-        return torch.cat([angle.sin(), angle.cos()], dim=1)                 # (h w, dim / 2)
 
-    row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.cat([sincos(column.flatten()), sincos(row.flatten())], dim=1)
+    def __init__(self, dim=384, depth=12, heads=6, patch=2, conditioning="adaln-zero", classes=10, image_channels=1):
+        super().__init__()
+        if conditioning not in KINDS:
+            raise ValueError(f"conditioning={conditioning!r} is none of {', '.join(KINDS)}")
+        if dim % 4 or dim % heads:
+            raise ValueError(f"dim={dim} must be a multiple of 4 (two sines, two cosines) and of heads={heads}")
+        self.patch, self.conditioning = patch, conditioning
+        self.stem = linear(image_channels * patch ** 2, dim)
+        self.time, self.label = TimestepEmbedder(dim), LabelEmbedder(classes, dim)
+        self.blocks = nn.ModuleList([Block(dim, heads, conditioning) for _ in range(depth)])
+        self.final = FinalLayer(dim, 2 * image_channels * patch ** 2, adaptive=conditioning.startswith("adaln"))
 
-
-def norm(dim, affine):
-    """LayerNorm over a token's channels (Sec. 3.2), without own scale and shift where the condition gives them."""
-    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
+    def forward(self, x, t, c):
+        """x (B, C, H, W), t (B,) int, c (B,) int -> the noise and v, (B, 2 C, H, W). H and W may differ."""
+        h, w = (side // self.patch for side in x.shape[2:])
+        x = self.stem(patchify(x, self.patch))                              # (B, N, D)
+        x = x + sincos_2d(x.shape[2], h, w).to(x)
+        emb = torch.stack([self.time(t), self.label(c)], dim=1)             # (B, 2, D)
+        if self.conditioning == "in-context":
+            x = torch.cat([x, emb], dim=1)                                  # two more tokens, like all others
+        for block in self.blocks:
+            x = block(x, emb)
+        return unpatchify(self.final(x[:, :h * w], emb), self.patch, h)

@@ -19,17 +19,17 @@ def image(values):
 
 
 # lesson_05/model.py
-def linear(c_in, c_out, zero=False):
-    """A linear layer (App. B), started as the official code starts it."""
-    return initialised(nn.Linear(c_in, c_out), zero)
-
-
-# lesson_05/model.py
 def initialised(layer, zero=False):
     """The start of a layer of App. B in the official code: uniform, variance 2 / (fan in + fan out), or 0; biases 0."""
     nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+# lesson_05/model.py
+def linear(c_in, c_out, zero=False):
+    """A linear layer (App. B), started as the official code starts it."""
+    return initialised(nn.Linear(c_in, c_out), zero)
 
 
 # lesson_05/sublesson_c/model.py
@@ -52,18 +52,56 @@ def given(net, c):
 
 
 # lesson_23/model.py
-class FinalLayer(nn.Module):
-    """The decoder of Sec. 3.2: a last norm, adaptive if the blocks' are, and a linear map to the patch. Starts at 0."""
+def patchify(x, patch):
+    """Sec. 3.2, Fig. 4: (B, C, H, W) -> (B, N, C patch^2). With `stem` it is a convolution of stride `patch`."""
+    if x.shape[2] % patch or x.shape[3] % patch:
+        raise ValueError(f"patch={patch} does not divide an image of {x.shape[2]} x {x.shape[3]}")
+    return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
 
-    def __init__(self, dim, out, adaptive=True):
+
+# lesson_23/model.py
+def sincos_2d(dim, h, w):
+    """The place of each patch in a grid of h rows and w columns (Sec. 3.2), (h w, dim) float64; fixed, not learned.
+
+    The first half of the channels tells the column, the second the row: dim / 4 sines, then dim / 4 cosines.
+    """
+    def sincos(place):
+        angle = place[:, None] / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+        return torch.cat([angle.sin(), angle.cos()], dim=1)                 # (h w, dim / 2)
+
+    row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.cat([sincos(column.flatten()), sincos(row.flatten())], dim=1)
+
+
+# lesson_23/model.py
+# Adapted from lesson_01/model.py: time_embedding -- cosines first; the frequencies end just above 1/10000
+def time_embedding(t, dim):
+    """Cosines, then sines, of t at dim / 2 frequencies from 1 down towards 1/10000 (App. A). (B,) -> (B, dim)."""
+    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+# lesson_23/model.py
+class TimestepEmbedder(nn.Module):
+    """A vector for a time (App. A): sines and cosines, then two layers, started with a deviation of 0.02."""
+
+    def __init__(self, dim, frequencies=256):
         super().__init__()
-        self.norm, self.linear = norm(dim, affine=not adaptive), linear(dim, out, zero=True)
-        self.adaln = nn.Sequential(nn.SiLU(), linear(dim, 2 * dim, zero=True)) if adaptive else None
+        self.frequencies = frequencies
+        self.into, self.out = linear(frequencies, dim), linear(dim, dim)
+        for layer in (self.into, self.out):
+            nn.init.normal_(layer.weight, std=0.02)
 
-    def forward(self, x, emb):
-        """x (B, N, D), emb (B, 2, D) -> (B, N, out)."""
-        shift, scale = self.adaln(emb.sum(1, keepdim=True)).chunk(2, dim=2) if self.adaln else (0, 0)
-        return self.linear(modulate(self.norm(x), shift, scale))
+    def forward(self, t):
+        """(B,) -> (B, D)."""
+        return self.out(F.silu(self.into(time_embedding(t, self.frequencies))))
+
+
+# lesson_23/model.py
+def norm(dim, affine):
+    """LayerNorm over a token's channels (Sec. 3.2), without own scale and shift where the condition gives them."""
+    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
 
 
 # lesson_23/model.py
@@ -86,62 +124,24 @@ class MLP(nn.Module):
 
 
 # lesson_23/model.py
-class TimestepEmbedder(nn.Module):
-    """A vector for a time (App. A): sines and cosines, then two layers, started with a deviation of 0.02."""
+class FinalLayer(nn.Module):
+    """The decoder of Sec. 3.2: a last norm, adaptive if the blocks' are, and a linear map to the patch. Starts at 0."""
 
-    def __init__(self, dim, frequencies=256):
+    def __init__(self, dim, out, adaptive=True):
         super().__init__()
-        self.frequencies = frequencies
-        self.into, self.out = linear(frequencies, dim), linear(dim, dim)
-        for layer in (self.into, self.out):
-            nn.init.normal_(layer.weight, std=0.02)
+        self.norm, self.linear = norm(dim, affine=not adaptive), linear(dim, out, zero=True)
+        self.adaln = nn.Sequential(nn.SiLU(), linear(dim, 2 * dim, zero=True)) if adaptive else None
 
-    def forward(self, t):
-        """(B,) -> (B, D)."""
-        return self.out(F.silu(self.into(time_embedding(t, self.frequencies))))
-
-
-# lesson_23/model.py
-# Adapted from lesson_01/model.py: time_embedding -- cosines first; the frequencies end just above 1/10000
-def time_embedding(t, dim):
-    """Cosines, then sines, of t at dim / 2 frequencies from 1 down towards 1/10000 (App. A). (B,) -> (B, dim)."""
-    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angle = t.float()[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-
-# lesson_23/model.py
-def patchify(x, patch):
-    """Sec. 3.2, Fig. 4: (B, C, H, W) -> (B, N, C patch^2). With `stem` it is a convolution of stride `patch`."""
-    if x.shape[2] % patch or x.shape[3] % patch:
-        raise ValueError(f"patch={patch} does not divide an image of {x.shape[2]} x {x.shape[3]}")
-    return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+    def forward(self, x, emb):
+        """x (B, N, D), emb (B, 2, D) -> (B, N, out)."""
+        shift, scale = self.adaln(emb.sum(1, keepdim=True)).chunk(2, dim=2) if self.adaln else (0, 0)
+        return self.linear(modulate(self.norm(x), shift, scale))
 
 
 # lesson_23/model.py
 def unpatchify(x, patch, h):
     """Sec. 3.2: (B, N, patch^2 C) -> (B, C, H, W) for h rows of patches. Channels are the innermost here, not above."""
     return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=patch, q=patch)
-
-
-# lesson_23/model.py
-def sincos_2d(dim, h, w):
-    """The place of each patch in a grid of h rows and w columns (Sec. 3.2), (h w, dim) float64; fixed, not learned.
-
-    The first half of the channels tells the column, the second the row: dim / 4 sines, then dim / 4 cosines.
-    """
-    def sincos(place):
-        angle = place[:, None] / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-        return torch.cat([angle.sin(), angle.cos()], dim=1)                 # (h w, dim / 2)
-
-    row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.cat([sincos(column.flatten()), sincos(row.flatten())], dim=1)
-
-
-# lesson_23/model.py
-def norm(dim, affine):
-    """LayerNorm over a token's channels (Sec. 3.2), without own scale and shift where the condition gives them."""
-    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
 
 
 # lesson_39/model.py

@@ -73,6 +73,32 @@ def network_time(t):
     return (1000 * t).float()
 
 
+def integrate(field, state, times, solver, tolerance):
+    """Eq. (1) solved: the states (S, ...) at `times` (S,) of d state / dt = field(t, state).
+
+    dopri5 must not step beyond the last of the times: there is no field there.
+    """
+    options = {"step_t": times[-1:]} if solver == "dopri5" else {}
+    return odeint(field, state, times, method=solver, rtol=tolerance, atol=tolerance, options=options)
+
+
+def divergence(v, x, probes):
+    """The sum over probes z of z' (dv/dx) z (App. C). v (B, C, H, W) at x, probes (P, B, C, H, W) -> (B,).
+
+    With one z of random signs: the unbiased estimate of the trace by Hutchinson. With all unit vectors: the trace.
+    """
+    total = 0
+    for z in probes:
+        product, = torch.autograd.grad((v * z).sum(), x, retain_graph=True)
+        total = total + (product * z).flatten(1).sum(1)
+    return total
+
+
+def signs(x, generator=None):
+    """One probe of random signs for Hutchinson's estimate (App. C). (B, C, H, W) -> (1, B, C, H, W)."""
+    return (torch.randint(2, x.shape, generator=generator) * 2.0 - 1)[None].to(x.device)
+
+
 # Adapted from lesson_07/model.py: SDE -- a path and the field that makes it, where that has drift, diffusion and score
 class FlowMatching(nn.Module):
     """Paths from noise to data, the loss, and the flow: sampling and likelihood (Sec. 2 to 4). Holds no weights.
@@ -178,32 +204,6 @@ class FlowMatching(nn.Module):
             noise, change = integrate(field, state, times, "dopri5", tolerance)
         log_p0 = -0.5 * (noise[-1] ** 2 + math.log(2 * math.pi)).flatten(1).sum(1)
         return (log_p0 + change[-1]).float(), noise[-1].float(), calls      # change: the integral of div v, 1 to 0
-
-
-def integrate(field, state, times, solver, tolerance):
-    """Eq. (1) solved: the states (S, ...) at `times` (S,) of d state / dt = field(t, state).
-
-    dopri5 must not step beyond the last of the times: there is no field there.
-    """
-    options = {"step_t": times[-1:]} if solver == "dopri5" else {}
-    return odeint(field, state, times, method=solver, rtol=tolerance, atol=tolerance, options=options)
-
-
-def divergence(v, x, probes):
-    """The sum over probes z of z' (dv/dx) z (App. C). v (B, C, H, W) at x, probes (P, B, C, H, W) -> (B,).
-
-    With one z of random signs: the unbiased estimate of the trace by Hutchinson. With all unit vectors: the trace.
-    """
-    total = 0
-    for z in probes:
-        product, = torch.autograd.grad((v * z).sum(), x, retain_graph=True)
-        total = total + (product * z).flatten(1).sum(1)
-    return total
-
-
-def signs(x, generator=None):
-    """One probe of random signs for Hutchinson's estimate (App. C). (B, C, H, W) -> (1, B, C, H, W)."""
-    return (torch.randint(2, x.shape, generator=generator) * 2.0 - 1)[None].to(x.device)
 
 
 # ------------------------------------------------------------------ 8-bit images as densities: Appendix C

@@ -29,6 +29,25 @@ def time_embedding(t, dim):
 
 
 # lesson_05/model.py
+def image(values):
+    """The scalars of Eq. (4), one for each image, to multiply images with: (B,) -> (B, 1, 1, 1) float32."""
+    return values.float()[:, None, None, None]
+
+
+# lesson_05/model.py
+def discretized_log_likelihood(x0, mean, sigma):
+    """log p(x_0 | x_1), Eq. (13): nats of N(mean, sigma^2) in the bin of x_0, 2/255 wide, the outer ones open."""
+    x0, mean, sigma = x0.double(), mean.double(), sigma.double()
+    upper = torch.where(x0 > 0.999, torch.inf, (x0 + 1 / 255 - mean) / sigma)
+    lower = torch.where(x0 < -0.999, -torch.inf, (x0 - 1 / 255 - mean) / sigma)
+    # Phi(u) - Phi(l) = Phi(-l) - Phi(-u): on the side where both are small, their logarithms keep the digits.
+    flip = lower > 0
+    upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
+    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
+    return (log_upper + torch.log1p(-torch.exp(log_lower - log_upper))).float()
+
+
+# lesson_05/model.py
 # Adapted from lesson_02/model.py: DPM -- a network of the noise, a plain squared error, a fixed covariance, grey levels
 class DDPM(nn.Module):
     """The process of Sec. 2 and 3: forward, reverse, loss, bound. Holds the schedule and no weights.
@@ -149,22 +168,85 @@ class DDPM(nn.Module):
 
 
 # lesson_05/model.py
-def image(values):
-    """The scalars of Eq. (4), one for each image, to multiply images with: (B,) -> (B, 1, 1, 1) float32."""
-    return values.float()[:, None, None, None]
+def initialised(layer, zero=False):
+    """The start of a layer of App. B in the official code: uniform, variance 2 / (fan in + fan out), or 0; biases 0."""
+    nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 # lesson_05/model.py
-def discretized_log_likelihood(x0, mean, sigma):
-    """log p(x_0 | x_1), Eq. (13): nats of N(mean, sigma^2) in the bin of x_0, 2/255 wide, the outer ones open."""
-    x0, mean, sigma = x0.double(), mean.double(), sigma.double()
-    upper = torch.where(x0 > 0.999, torch.inf, (x0 + 1 / 255 - mean) / sigma)
-    lower = torch.where(x0 < -0.999, -torch.inf, (x0 - 1 / 255 - mean) / sigma)
-    # Phi(u) - Phi(l) = Phi(-l) - Phi(-u): on the side where both are small, their logarithms keep the digits.
-    flip = lower > 0
-    upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
-    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-    return (log_upper + torch.log1p(-torch.exp(log_lower - log_upper))).float()
+def linear(c_in, c_out, zero=False):
+    """A linear layer (App. B), started as the official code starts it."""
+    return initialised(nn.Linear(c_in, c_out), zero)
+
+
+# lesson_05/model.py
+def conv(c_in, c_out, kernel=3, zero=False):
+    """A convolution (App. B) that keeps the resolution, started as the official code starts it."""
+    return initialised(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2), zero)
+
+
+# lesson_05/model.py
+class Downsample(nn.Module):
+    """Half the resolution (App. B). Padding on the right and bottom only, as TensorFlow's SAME does."""
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = initialised(nn.Conv2d(channels, channels, kernel_size=3, stride=2))
+
+    def forward(self, x):                               # -> (B, C, H / 2, W / 2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+# lesson_05/model.py
+class Upsample(nn.Module):
+    """Twice the resolution (App. B): nearest neighbour, then a convolution."""
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = conv(channels, channels)
+
+    def forward(self, x):                               # -> (B, C, 2 H, 2 W)
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+# lesson_05/model.py
+class Attention(nn.Module):
+    """Self-attention over the positions (App. B), one head as wide as the block. The last projection starts at 0."""
+    def __init__(self, channels, groups=32):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.qkv, self.out = linear(channels, 3 * channels), linear(channels, channels, zero=True)
+
+    def forward(self, x):                               # -> (B, C, H, W)
+        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        q, k, v = self.qkv(h).chunk(3, dim=2)                               # (B, H W, C) each
+        weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(x.shape[1]), dim=2)                # (B, H W, H W)
+        return x + rearrange(self.out(weights @ v), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+# lesson_05/model.py
+class ResBlock(nn.Module):
+    """GroupNorm, swish, convolution, twice; the time enters between the two (App. B). conv2 starts at 0."""
+    def __init__(self, c_in, c_out, width, dropout=0.0, groups=32):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), conv(c_in, c_out)
+        self.time = linear(width, c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), conv(c_out, c_out, zero=True)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = conv(c_in, c_out, kernel=1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):                          # (B, c_in, H, W), (B, width) -> (B, c_out, H, W)
+        h = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(emb))[:, :, None, None]
+        return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+
+
+# lesson_05/model.py
+class Level(nn.Sequential):
+    """Layers one after the other at one resolution (App. B); a residual block is also told the time."""
+    def forward(self, h, emb):                          # (B, C, H, W), (B, width) -> (B, C', H, W)
+        for layer in self:
+            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+        return h
 
 
 # lesson_05/model.py
@@ -239,88 +321,6 @@ class UNet(nn.Module):
     def forward(self, x, t):
         """x (B, c_in, H, W), t (B,) -> the prediction, (B, c_out, H, W)."""
         return self.body(x, self.embed(t))
-
-
-# lesson_05/model.py
-class Level(nn.Sequential):
-    """Layers one after the other at one resolution (App. B); a residual block is also told the time."""
-    def forward(self, h, emb):                          # (B, C, H, W), (B, width) -> (B, C', H, W)
-        for layer in self:
-            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
-        return h
-
-
-# lesson_05/model.py
-class ResBlock(nn.Module):
-    """GroupNorm, swish, convolution, twice; the time enters between the two (App. B). conv2 starts at 0."""
-    def __init__(self, c_in, c_out, width, dropout=0.0, groups=32):
-        super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), conv(c_in, c_out)
-        self.time = linear(width, c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), conv(c_out, c_out, zero=True)
-        self.dropout = nn.Dropout(dropout)
-        self.skip = conv(c_in, c_out, kernel=1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x, emb):                          # (B, c_in, H, W), (B, width) -> (B, c_out, H, W)
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(emb))[:, :, None, None]
-        return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
-
-
-# lesson_05/model.py
-class Attention(nn.Module):
-    """Self-attention over the positions (App. B), one head as wide as the block. The last projection starts at 0."""
-    def __init__(self, channels, groups=32):
-        super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.qkv, self.out = linear(channels, 3 * channels), linear(channels, channels, zero=True)
-
-    def forward(self, x):                               # -> (B, C, H, W)
-        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        q, k, v = self.qkv(h).chunk(3, dim=2)                               # (B, H W, C) each
-        weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(x.shape[1]), dim=2)                # (B, H W, H W)
-        return x + rearrange(self.out(weights @ v), "b (h w) c -> b c h w", h=x.shape[2])
-
-
-# lesson_05/model.py
-class Downsample(nn.Module):
-    """Half the resolution (App. B). Padding on the right and bottom only, as TensorFlow's SAME does."""
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = initialised(nn.Conv2d(channels, channels, kernel_size=3, stride=2))
-
-    def forward(self, x):                               # -> (B, C, H / 2, W / 2)
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-# lesson_05/model.py
-class Upsample(nn.Module):
-    """Twice the resolution (App. B): nearest neighbour, then a convolution."""
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = conv(channels, channels)
-
-    def forward(self, x):                               # -> (B, C, 2 H, 2 W)
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-# lesson_05/model.py
-def conv(c_in, c_out, kernel=3, zero=False):
-    """A convolution (App. B) that keeps the resolution, started as the official code starts it."""
-    return initialised(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2), zero)
-
-
-# lesson_05/model.py
-def linear(c_in, c_out, zero=False):
-    """A linear layer (App. B), started as the official code starts it."""
-    return initialised(nn.Linear(c_in, c_out), zero)
-
-
-# lesson_05/model.py
-def initialised(layer, zero=False):
-    """The start of a layer of App. B in the official code: uniform, variance 2 / (fan in + fan out), or 0; biases 0."""
-    nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 # lesson_05/sublesson_c/model.py
