@@ -29,13 +29,15 @@ assert Path(UTILS).is_relative_to(ROOT), f"these are the tests of {ROOT}, but ut
 
 
 # ------------------------------------------------------------------ pytest -n auto: who shares a process, and when
-FIRST = ("test_utils_run",)                            # starts processes, two at a time: early, and never beside itself
+PROCESSES = ("test_utils_run", "test_utils_claims", "test_tools_bench")       # these start several at once
 
 
 def group(nodeid):
     """All tests of one lesson, whatever their file, run one after the other in one process; so does any other file."""
     path, _, test = nodeid.partition("::")
     file = Path(path).stem
+    if file in PROCESSES:
+        return "processes"                             # early, and never beside each other
     pattern, where = {"test_lessons": (r"\[()(\d\d[a-z]?)[-\]]", test),
                       "test_tools_notebook": (r"\[lesson_(\d\d)(?:/sublesson_)?([a-z]?)\]$", test),
                       }.get(file, (r"^test_(?:lesson|claims)_()(\d\d[a-z]?)$", file))
@@ -47,7 +49,7 @@ def pytest_collection_modifyitems(items):
     """Groups stay together in the order of the run: first the longest, then the lessons, then what is short."""
     def place(item):
         name = group(item.nodeid)
-        return name not in FIRST, not name.startswith("lesson"), name
+        return name != "processes", not name.startswith("lesson"), name
 
     items.sort(key=place)
 

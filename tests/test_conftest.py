@@ -54,7 +54,8 @@ def test_lessons_do_not_see_each_others_modules(tmp_path):
     ("tests/test_tools_notebook.py::test_f[lesson_05/sublesson_a]", "lesson 05a"),
     ("tests/test_tools_notebook.py::test_f[lesson_05]", "lesson 05"),
     ("tests/test_tools_notebook.py::test_g[lesson_05 x]", "test_tools_notebook"),
-    ("tests/test_utils_run.py::test_h[lesson_05]", "test_utils_run"),
+    ("tests/test_utils_run.py::test_h[lesson_05]", "processes"), ("tests/test_tools_bench.py::test_i", "processes"),
+    ("tests/test_utils_config.py::test_j[lesson_05]", "test_utils_config"),
 ])
 def test_who_shares_a_process(nodeid, name):
     assert group(nodeid) == name
