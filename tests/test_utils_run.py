@@ -662,6 +662,48 @@ def test_ctrl_c_once_and_twice(launch, tmp_path, straight):
     assert outcome(train.main(tiny(tmp_path, "--resume")).folder) == straight.outcome
 
 
+AT_SIX = """
+import os, pty, signal, time, utils.data as d
+old = d.Digits.batch
+def batch(data, step, *rest):
+    if step == 6:
+        HAPPENS
+        time.sleep(1.1)                                # the bar draws once a second
+    return old(data, step, *rest)
+d.Digits.batch = batch
+"""
+CLOSED = "read, write = os.pipe(); os.dup2(write, 1); os.close(read)"
+HUNG_UP = "os.kill(os.getpid(), signal.SIGHUP); os.close(terminal); os.kill(os.getpid(), signal.SIGHUP)"
+
+
+def test_what_nobody_reads_any_more_stops_and_saves(launch, straight, tmp_path):
+    process = launch("lesson_05/train.py", *tiny(tmp_path), before=AT_SIX.replace("HAPPENS", CLOSED))
+    assert process.wait() == 130 and "stopped and saved after step 7; go on with" in process.err, process.err
+    assert "Traceback" not in process.err and "Exception" not in process.err
+    assert outcome(train.main(tiny(tmp_path, "--resume")).folder) == straight.outcome
+
+
+def test_the_end_of_the_terminal_saves_but_not_what_nohup_started(launch, straight, tmp_path):
+    before = AT_SIX.replace("HAPPENS", HUNG_UP) + "terminal, end = pty.openpty()\nos.dup2(end, 1), os.dup2(end, 2)\n"
+    process = launch("lesson_05/train.py", *tiny(tmp_path), before=before)
+    assert process.wait() == 130
+    assert read_checkpoint(run_folder(tmp_path) / "last.pt", "lesson_05")["step"] == 7
+    assert outcome(train.main(tiny(tmp_path, "--resume")).folder) == straight.outcome
+    nohup = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + AT_SIX.replace(
+        "HAPPENS", "os.kill(os.getpid(), signal.SIGHUP)")              # its output is a file
+    process = launch("lesson_05/train.py", *tiny(tmp_path), before=nohup)
+    assert process.wait() == 0 and outcome(run_folder(tmp_path, 2)) == straight.outcome
+
+
+def test_head_and_terminals_without_umlauts(launch, tmp_path, straight):
+    argv = ["smoke=true", f"weights={straight.result.weights}", "threads=1", "device=cpu"]
+    closed = launch("lesson_05/sample.py", *argv, f"runs={tmp_path}/a", before=f"import os\n{CLOSED}")
+    assert closed.wait() == 141 and closed.err == ""
+    ascii_only = "import sys; sys.stdout.reconfigure(encoding='ascii', errors='strict')"
+    process = launch("lesson_05/sample.py", *argv, f"runs={tmp_path}/\xe9t\xe9", before=ascii_only)
+    assert process.wait() == 0 and "?t?/smoke/samples/samples.png" in process.out, process.err
+
+
 KILL = """
 import os, signal, utils.files as files
 real, calls = {"replace": os.replace, "fsync": os.fsync}, []

@@ -1,6 +1,9 @@
 """Mistakes a reader can make end in one line that says what to do, and exit code 2."""
 
+import contextlib
 import errno
+import os
+import stat
 import sys
 import traceback
 from pathlib import Path
@@ -44,13 +47,19 @@ def disk_error(error: OSError, full=False) -> UserError | None:
 
 
 def cli(main):
-    """Run a script's `main()`. A `UserError` becomes one line and exit code 2, Ctrl-C exit code 130.
+    """Run a script's `main()`. A `UserError` becomes one line and exit code 2, Ctrl-C exit code 130, a closed pipe 141.
 
     So do a disk that cannot be used, and a ValueError that a lesson's model.py (or its earlier.py) raises, or that a
     layer raises while model.py builds its network: both are about a value of the configuration.
     """
+    if hasattr(sys.stdout, "reconfigure"):             # a terminal that knows no umlauts gets a question mark
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:                            # as of `train.py | head -1`
+        mute()
+        sys.exit(141)
     except UserError as error:
         fail(error)
     except OSError as error:
@@ -66,6 +75,19 @@ def cli(main):
     except KeyboardInterrupt as error:
         print(str(error) or "stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def mute(terminal=False):
+    """From here on print into the void, not into a pipe that nobody reads or (terminal) a terminal that is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        out = os.fstat(1)
+        void = os.open(os.devnull, os.O_WRONLY)
+        for number in (1, 2):
+            kind = os.fstat(number)
+            gone = stat.S_ISCHR(kind.st_mode) and not os.isatty(number)
+            if gone if terminal else os.path.samestat(kind, out):
+                os.dup2(void, number)
+        os.close(void)
 
 
 def fail(error):

@@ -13,17 +13,17 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from . import checkpoint
+from . import checkpoint, files
 from .config import OVERLAYS, load, plain, split
 from .device import device_name, peak_memory_mb, start
-from .errors import UserError, disk_error
-from .files import atomic, check_checkout, check_names, lesson_name, lock, numbered, read_json, short, update_json, write_json
+from .errors import UserError, disk_error, mute
+from .files import atomic, lesson_name, lock, numbered, read_json, short, update_json, write_json
 from .log import Log, progress
 from .syntax import code_hash
 from .weights import Weights, choose, save_weights
@@ -38,7 +38,7 @@ class Run:
 
     def __init__(self, file, argv=None):
         self.lesson, self.script = Path(file).resolve().parent, Path(file).stem
-        check_checkout(self.lesson)
+        files.check_checkout(self.lesson)
         self.name = lesson_name(self.lesson)
         self.code = code_hash(self.lesson, self.script)             # now: the files may change while this runs
         self.argv = list(sys.argv[1:] if argv is None else argv)
@@ -48,7 +48,7 @@ class Run:
         self._start, self._seconds_before, self._waited = None, 0.0, 0.0
         config, cuda = self.lesson / "config.yaml", torch.cuda.is_available()
         self.config = load(config, self.script, self.argv, cuda)
-        check_names(self.settings, self.lesson)
+        files.check_names(self.settings, self.lesson)
         try:
             if self.script == "train" and getattr(self.settings, "resume", False):
                 self.config = load(config, self.script, self._resume(), cuda, quiet=True)
@@ -210,7 +210,11 @@ class Run:
                     self._waited += time.perf_counter() - before
                     yield self.step, batch
                     self.step += 1
-                    bar.update()
+                    try:
+                        bar.update()
+                    except BrokenPipeError:            # nobody reads any more, as behind `| head`
+                        mute()
+                        self._stop = True
                     if self.step % log_every == 0 or self.step == end:
                         mean = self._log.flush(self._elapsed())
                         if "loss" in mean:
@@ -252,20 +256,30 @@ class Run:
     # ------------------------------------------------------------------ stopping, saving, going on
     @contextmanager
     def _signals(self):
-        """Ctrl-C and SIGTERM ask the loop to save and stop after the step; a second Ctrl-C ends it at once."""
+        """Ctrl-C, SIGTERM and the end of the terminal ask the loop to save and stop after the step.
+
+        A second Ctrl-C ends it at once. What `nohup` started outlives its terminal.
+        """
         self._stop = False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
+        hangup = getattr(signal, "SIGHUP", None)       # Windows has none
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers += [hangup] * (hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN)
+
         def ask(number, frame):
-            if self._stop:
+            if number == hangup:                       # may come twice: from the shell and from the system
+                mute(terminal=True)
+            elif self._stop:
                 raise KeyboardInterrupt
             self._stop = True
             if self.is_main:                           # not print: the signal may have come inside one
-                os.write(2, b"\nstopping after this step; once more to stop at once without saving\n")
+                with suppress(OSError):
+                    os.write(2, b"\nstopping after this step; once more to stop at once without saving\n")
 
-        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        old = {number: signal.signal(number, ask) for number in numbers}
         try:
             yield
         finally:
