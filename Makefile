@@ -24,9 +24,9 @@ install: .venv/.reader
 # FORCE, because the lesson's folder has the target's name and make would find it up to date.
 lesson_%: .venv/.reader FORCE
 	@test -f $(call folder,$@)/train.py || { echo "error: there is no $(call folder,$@); the lessons are listed in README.md" >&2; exit 2; }
-	cd $(call folder,$@) && $(CURDIR)/$(BIN)/python sample.py weights=published
-	cd $(call folder,$@) && $(CURDIR)/$(BIN)/python train.py
-	cd $(call folder,$@) && $(CURDIR)/$(BIN)/python sample.py n=2048 metrics=true
+	cd $(call folder,$@) && "$(CURDIR)/$(BIN)/python" sample.py weights=published
+	cd $(call folder,$@) && "$(CURDIR)/$(BIN)/python" train.py
+	cd $(call folder,$@) && "$(CURDIR)/$(BIN)/python" sample.py n=2048 metrics=true
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

@@ -22,7 +22,7 @@ from conftest import ROOT, load
 from utils import EMA, Run, UserError, atomic, classify, digits, fid_to_test, floor, report, score, to_uint8, write_json
 from utils import images as pictures
 from utils import scores as judging
-from utils.device import auto_precision, device_name, fast_bf16, peak_memory_mb
+from utils.device import auto_precision, check_processes, device_name, fast_bf16, peak_memory_mb
 from utils.errors import cli, disk_error
 from utils.files import lock, read_json, update_json
 
@@ -421,6 +421,44 @@ def test_values_that_earlier_py_rejects_are_one_line(capsys, tmp_path):
 
 
 # ------------------------------------------------------------------ the device
+@pytest.mark.parametrize("environment, part", [
+    ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 promises 4 processes, but RANK is not set"),
+    ({"WORLD_SIZE": "4", "RANK": "1"}, "MASTER_ADDR is not set: start them with `torchrun --nproc_per_node 4`"),
+    ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a"}, "MASTER_PORT is not set"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two must be a whole number"), ({"RANK": "-1"}, "RANK=-1 must be"),
+    ({"OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_SIZE=8 promises 8 processes"),
+    ({"PMI_SIZE": "2"}, "PMI_SIZE=2 promises"), ({"MV2_COMM_WORLD_SIZE": ""}, "MV2_COMM_WORLD_SIZE= must be")])
+def test_variables_of_a_cluster_are_one_line(monkeypatch, environment, part):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as info:
+        Run(ROOT / "lesson_05" / "train.py", ["device=cpu"])
+    assert part in str(info.value) and list(environment)[0] in str(info.value) and "\n" not in str(info.value)
+
+
+def test_variables_of_torchrun_and_of_one_process_are_none():
+    for environment in ({}, {"WORLD_SIZE": "1"}, {"OMPI_COMM_WORLD_SIZE": "1"}, {
+            "WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "PMI_SIZE": "2"}):
+        check_processes(environment)
+
+
+def test_make_in_a_folder_with_a_space(tmp_path):
+    here = tmp_path / "Bob's course"
+    (here / "lesson_05").mkdir(parents=True)
+    (here / ".venv" / "bin").mkdir(parents=True)
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        (here / name).write_bytes((ROOT / name).read_bytes())
+    (here / "lesson_05" / "train.py").touch()
+    (here / ".venv" / ".reader").touch()
+    python = here / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$PWD: $@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(["make", "-s", "lesson_05"], cwd=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{here / 'lesson_05'}: {call}" for call in (
+        "sample.py weights=published", "train.py", "sample.py n=2048 metrics=true")]
+
+
 def test_device(monkeypatch, tmp_path):
     assert auto_precision("cpu") == ("bf16" if fast_bf16() else "fp32")
     for capability, precision in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):

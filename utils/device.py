@@ -36,6 +36,26 @@ def start(device, precision):
     return accelerator, precision
 
 
+# What mpirun tells each of several processes; torchrun needs none of it.
+FOREIGN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def check_processes(environment):
+    """UserError if variables promise several processes that cannot find each other."""
+    for name in ("WORLD_SIZE", "RANK", *FOREIGN):
+        if not environment.get(name, "0").isdecimal():
+            raise UserError(f"{name}={environment[name]} must be a whole number: unset {name}, or start with torchrun")
+    size = int(environment.get("WORLD_SIZE", 1))
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if size > 1 and absent:
+        raise UserError(f"WORLD_SIZE={size} promises {size} processes, but {absent[0]} is not set: start them with "
+                        f"`torchrun --nproc_per_node {size}`, or unset WORLD_SIZE")
+    for name in FOREIGN:
+        if "WORLD_SIZE" not in environment and (size := int(environment.get(name, 1))) > 1:
+            raise UserError(f"{name}={size} promises {size} processes, which would not know each other: start them "
+                            f"with `torchrun --nproc_per_node {size}` instead of mpirun, or unset {name}")
+
+
 def fast_bf16():
     """Whether this CPU multiplies bfloat16 in hardware. Without, bf16 on a CPU is far slower than fp32."""
     if platform.machine() in ("x86_64", "AMD64"):

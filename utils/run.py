@@ -21,7 +21,7 @@ import torch
 
 from . import checkpoint, files
 from .config import OVERLAYS, load, plain, split
-from .device import device_name, peak_memory_mb, start
+from .device import check_processes, device_name, peak_memory_mb, start
 from .errors import UserError, disk_error, mute
 from .files import atomic, lesson_name, lock, numbered, read_json, short, update_json, write_json
 from .log import Log, progress
@@ -39,6 +39,7 @@ class Run:
     def __init__(self, file, argv=None):
         self.lesson, self.script = Path(file).resolve().parent, Path(file).stem
         files.check_checkout(self.lesson)
+        check_processes(os.environ)
         self.name = lesson_name(self.lesson)
         self.code = code_hash(self.lesson, self.script)             # now: the files may change while this runs
         self.argv = list(sys.argv[1:] if argv is None else argv)
