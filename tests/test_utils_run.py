@@ -221,9 +221,41 @@ def test_resume_after_two_interruptions_and_a_crash_between_checkpoints(straight
 
 def test_resume_carries_the_arguments_and_refuses_others(cut, straight):
     base = [f"runs={cut}", "smoke=true", "--resume"]
-    assert "started with train.lr=0.002, now it is 0.5" in refused(*base, "lr=0.5")
+    assert "started with train.batch_size=8, now it is 16" in refused(*base, "batch_size=16")
+    assert "steps=8, but it was saved after step 9; put a larger number" in refused(*base, "steps=8")
     assert "started with unet.channels=8, now it is 16" in refused(*base, "channels=16")
     assert outcome(train.main([*base, "log_every=3", "save_every=1", "train.resume=true"]).folder) == straight.outcome
+
+
+def test_steps_and_lr_may_change_on_resume_which_is_told_and_recorded(cut, straight, monkeypatch, capsys):
+    base = [f"runs={cut}", "smoke=true", "--resume"]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 11)
+        train.main([*base, "steps=14", "lr=0.003", "threads=1", "precision=fp32"])
+    told = "resumed 001 after step 9, lr=0.003 (before: 0.002), precision=fp32 (before: auto), steps=14 (before: 12)\n"
+    assert told in capsys.readouterr().out
+    made = json.loads((run_folder(cut) / "run.json").read_text())
+    assert made["changed"] == [{"step": 9, "lr": {"from": 0.002, "to": 0.003}, "steps": {"from": 12, "to": 14},
+                                "precision": {"from": "auto", "to": "fp32"}}]
+    assert made["config"]["train"]["steps"] == 14 and made["lesson"] == "lesson_05"
+    folder = train.main(base).folder                   # what was changed stays so
+    assert "resumed 001 after step 11\n" in capsys.readouterr().out
+    assert [step for step, _ in outcome(folder)[2]] == [3, 6, 9, 12, 14]
+    assert outcome(folder)[2][:3] == straight.outcome[2][:3] and outcome(folder)[2][3] != straight.outcome[2][3]
+
+
+def test_the_overlay_of_the_gpu_is_laid_on_resume_as_it_was(tmp_path, monkeypatch):
+    for gpu, mults in (("true", [1, 2, 2]), ("false", [1, 2])):
+        runs = tmp_path / gpu
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_after(patch, 2)
+            train.main([f"gpu={gpu}", *tiny(runs), "steps=3"])
+        path = run_folder(runs) / "run.json"
+        made = json.loads(path.read_text())
+        path.write_text(json.dumps(made | {"argv": [a for a in made["argv"] if a != f"gpu={gpu}"]}))
+        assert made["config"]["train"]["gpu"] == (gpu == "true")       # automatic: found, or not found, by that machine
+        result = train.main([f"runs={runs}", "--resume", "smoke=true", "device=cpu", "gpu=auto"])
+        assert Weights(result.weights, "lesson_05").config["unet"].mults == mults
 
 
 def test_nothing_to_resume(straight, tmp_path):
@@ -320,6 +352,27 @@ def test_a_run_of_two_loops_goes_back_from_the_second_to_the_first(two_loops, tm
     (run_folder(tmp_path) / "last.pt").unlink()
     result, networks = teacher_and_student(tmp_path, "--resume")
     assert outcome(result.folder) == outcome(two_loops[0].folder) and networks[0] == (4, "teacher")
+
+
+def test_steps_that_would_move_the_end_of_a_loop_that_is_done_are_refused(tmp_path, monkeypatch):
+    def halves(*argv):
+        run, data = Run(ROOT / "lesson_05" / "train.py", tiny(tmp_path, *argv)), digits("test", 8, limit=100)
+        run.track(net=torch.nn.Linear(2, 2))
+        try:
+            done = [[step for step, _ in run.steps(data, until=until)] for until in (run.settings.steps // 2, None)]
+        finally:
+            run.close()
+        return done
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 5)
+        halves()
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 8)
+        halves("--resume", "steps=14")                 # in the first loop: its end may move
+    with pytest.raises(UserError, match="its loop up to step 7 is done and would now end at 9; put steps=14 back"):
+        halves("--resume", "steps=18")
+    assert halves("--resume", "steps=15") == [[], list(range(8, 15))]
 
 
 def test_a_checkpoint_of_the_second_loop_must_hold_what_it_trains(tmp_path, monkeypatch):
@@ -588,7 +641,9 @@ def test_utils_of_another_checkout_is_told_from_a_lesson_copied_out(lesson, tmp_
             Run(folder / "train.py", ["device=cpu"])
         for part in (f"{folder.name} stands in {tmp_path}", f"`utils` comes from {ROOT}", f"pip install -e {tmp_path}"):
             assert part in str(info.value)
-    (tmp_path / "utils" / "run.py").unlink()
+    shutil.rmtree(tmp_path / "utils")
+    (tmp_path / "utils").symlink_to(ROOT / "utils")                                     # as tools.notebook does
+    assert Run(lesson / "train.py", ["device=cpu"]).lesson == lesson
     (tmp_path / "link").symlink_to(ROOT / "lesson_05")
     assert Run(tmp_path / "link" / "train.py", ["device=cpu"]).lesson == ROOT / "lesson_05"
 
@@ -793,7 +848,7 @@ def test_an_exception_lets_go_of_the_folder(cut):
         except ZeroDivisionError as error:
             kept.append(error)
     with pytest.raises(UserError, match="now it is") as info:
-        train.main(tiny(cut, "--resume", "lr=1"))
+        train.main(tiny(cut, "--resume", "warmup=1"))
     assert train.main(tiny(cut, "--resume")).steps == 12 and len(kept) == 2 and info
 
 

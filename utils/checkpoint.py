@@ -18,7 +18,8 @@ from .weights import fill, state_of
 
 FORMAT = "zero-to-hero checkpoint 1"
 NEEDED = {"lesson", "config", "step", "seconds", "states", "scaler", "random", "random_cuda"}
-FREE = ("runs", "publish", "resume", "preview_every", "save_every", "log_every")   # may change on --resume
+FREE = ("runs", "publish", "resume", "gpu", "preview_every", "save_every", "log_every")    # may change on --resume
+TOLD = ("steps", "lr", "device", "precision", "threads")                   # too, but that is told and recorded
 
 
 # ------------------------------------------------------------------ files
@@ -85,16 +86,25 @@ def newest(folder, lesson):
 
 
 def check_same(saved, config, script, name):
-    """A resumed run must have the values it was started with, or it would not be the same run."""
-    old, new = json.loads(saved["config"]), plain(config)
+    """A resumed run must have the values it was started with, or it would not be the same run.
+
+    Returns what has changed of those that may: {key: (before, now)}.
+    """
+    old, new, changed = json.loads(saved["config"]), plain(config), {}
     for section in new:
         if section in ("sample", "reproduce"):
             continue
         for key in sorted(set(old.get(section, {})) | set(new[section])):
             a, b = old.get(section, {}).get(key), new[section].get(key)
-            if a != b and not (section == script and key in FREE):
+            if a != b and section == script and key in TOLD:
+                changed[key] = a, b
+            elif a != b and not (section == script and key in FREE):
                 raise UserError(f"cannot resume {name}: it was started with {section}.{key}={a}, now it is {b}; "
                                 "put that back or start a new run without --resume")
+    if "steps" in changed and new[script]["steps"] < saved["step"]:
+        raise UserError(f"cannot resume {name}: steps={new[script]['steps']}, but it was saved after step "
+                        f"{saved['step']}; put a larger number")
+    return changed
 
 
 # ------------------------------------------------------------------ states

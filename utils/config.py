@@ -130,6 +130,7 @@ def load(path, section, argv=(), cuda=False, quiet=False):
         if not quiet:
             print("GPU found: using the section `gpu` of config.yaml (gpu=false turns it off)")
         lay("gpu")
+        values[section]["gpu"] = True                  # what a checkpoint remembers: that it is laid
     for target, name, key, text in given:              # from left to right: what comes later wins
         value = _value(text, values[target][name], f"{key}={text}")
         _set(values, target, name, value, bound.get((target, name)), f"{key}={text}")

@@ -45,7 +45,8 @@ class Run:
         self.argv = list(sys.argv[1:] if argv is None else argv)
         self.folder, self.step, self._lock = None, 0, None
         self._log, self._tracked, self._prepared = Log(), {}, False
-        self._resumed = None                           # the checkpoint that is gone on from, until that is done
+        self._resumed, self._changed = None, {}        # the checkpoint that is gone on from, until that is done
+        self._ends = []                                # the steps at which the loops of this run end
         self._start, self._seconds_before, self._waited = None, 0.0, 0.0
         config, cuda = self.lesson / "config.yaml", torch.cuda.is_available()
         self.config = load(config, self.script, self.argv, cuda)
@@ -53,7 +54,7 @@ class Run:
         try:
             if self.script == "train" and getattr(self.settings, "resume", False):
                 self.config = load(config, self.script, self._resume(), cuda, quiet=True)
-                checkpoint.check_same(self._resumed, self.config, self.script, self.folder.name)
+                self._changed = checkpoint.check_same(self._resumed, self.config, self.script, self.folder.name)
             if self.settings.publish:                  # a damaged file is said before the work, not after it
                 read_json(self.lesson / "results" / "results.json")
             self.accelerator, self.precision = start(self.settings.device, self.settings.precision)
@@ -182,7 +183,8 @@ class Run:
         if self.accelerator.scaler is not None and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         if not self.step:
-            self.say(f"resumed {self.folder.name} after step {saved['step']}")
+            self.say(f"resumed {self.folder.name} after step {saved['step']}" + "".join(
+                f", {key}={now} (before: {old})" for key, (old, now) in self._changed.items()))
         self.step, self._seconds_before = saved["step"], saved["seconds"]
         self._log.records = [tuple(record) for record in saved.get("records", [])]
 
@@ -198,6 +200,11 @@ class Run:
             raise UserError(f"batch_size={data.batch_size} must be a multiple of the {self.world} processes")
         total, log_every = self.settings.steps, getattr(self.settings, "log_every", 50)
         save_every, end = getattr(self.settings, "save_every", 0), total if until is None else min(until, total)
+        self._ends.append(end)
+        if self._resumed and self._ends != (before := self._resumed.get("ends", self._ends)[:len(self._ends)]) and (
+                self._resumed["step"] > before[-1]):
+            raise UserError(f"cannot resume {self.folder.name}: its loop up to step {before[-1]} is done and would now "
+                            f"end at {end}; put steps={json.loads(self._resumed['config'])[self.script]['steps']} back")
         if self._start is None:
             self._begin(data, total)
         if self._resumed and self.step <= end:         # all is loaded; noise goes on from where it was
@@ -238,6 +245,12 @@ class Run:
             write_json(self.folder / "run.json", {"lesson": self.name, "script": self.script,
                                                   "argv": [a for a in self.argv if split(a)[0] != "resume"],
                                                   "config": plain(self.config), "code": code_hash(self.lesson)})
+        elif self.is_main and self._changed:
+            made = read_json(self.folder / "run.json")
+            changes = {key: {"from": old, "to": now} for key, (old, now) in self._changed.items()}
+            write_json(self.folder / "run.json", made | {
+                "argv": self._argv, "config": plain(self.config),
+                "changed": [*made.get("changed", []), {"step": self.step, **changes}]})
         self.say(f"training {self.name} on {device_name(self.device)}, {self.precision}, {total} steps of "
                  f"{data.batch_size} -> {self.folder}")
         self._start = time.perf_counter()
@@ -309,7 +322,7 @@ class Run:
         if self.is_main:
             scaler = self.accelerator.scaler
             checkpoint.write_checkpoint(
-                self.folder, lesson=self.name, config=json.dumps(plain(self.config)), step=self.step,
+                self.folder, lesson=self.name, config=json.dumps(plain(self.config)), step=self.step, ends=self._ends,
                 seconds=self._elapsed(), states=states, scaler=scaler.state_dict() if scaler else {}, records=records,
                 **random)
         self.accelerator.wait_for_everyone()
@@ -326,10 +339,15 @@ class Run:
             before = read_json(self.folder / "run.json").get("argv", [])
         except (OSError, UserError):
             before = []
-        # An overlay named again would be laid over the values that followed it.
+        # An overlay named again would be laid over the values that followed it. The GPU's is laid or not as it was,
+        # whatever this machine has: it says how large the network is.
         laid = [split(a) for a in before if split(a)[0] in OVERLAYS]
-        return ([a for a in before if split(a)[0] not in ("runs", "publish")]
-                + [a for a in self.argv if split(a) not in laid])
+        gpu = json.loads(self._resumed["config"])[self.script].get("gpu") is True
+        first = [] if "gpu" in dict(laid) else [f"gpu={str(gpu).lower()}"]
+        now = [a for a in self.argv if split(a) not in laid and split(a)[0].split(".")[-1] != "gpu"]
+        before = [*first, *(a for a in before if split(a)[0] not in ("runs", "publish"))]
+        self._argv = [*before, *(a for a in now if split(a)[0].split(".")[-1] not in ("resume", "runs", "publish"))]
+        return before + now
 
     # ------------------------------------------------------------------ what a run leaves
     def finish(self, ema, **networks):
