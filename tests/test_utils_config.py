@@ -118,7 +118,7 @@ def test_gpu_overlay_is_automatic_and_said(path, capsys):
     assert "gpu=false turns it off" in capsys.readouterr().out
     assert load(path, "train", [], cuda=True, quiet=True).unet.channels == 128
     assert load(path, "train", ["gpu=false"], cuda=True).unet.channels == 32
-    assert load(path, "train", cuda=True).train.gpu is True and load(path, "train").train.gpu == "auto"
+    assert load(path, "train", cuda=True, quiet=True).train.gpu is True and load(path, "train").train.gpu == "auto"
     assert load(path, "train", ["train.gpu=false"], cuda=True).unet.channels == 32
     assert load(path, "train", [], cuda=False).unet.channels == 32
     for cpu in (["device=cpu"], ["train.device=cpu"], ["--device=cpu", "steps=7"]):      # a GPU that is not to be used
