@@ -648,6 +648,22 @@ def test_utils_of_another_checkout_is_told_from_a_lesson_copied_out(lesson, tmp_
     assert Run(tmp_path / "link" / "train.py", ["device=cpu"]).lesson == ROOT / "lesson_05"
 
 
+def test_weights_and_samples_that_are_not_finite_are_one_line(launch, weights, tmp_path):
+    state, bad = load_file(weights), tmp_path / "bad.safetensors"
+    state["stem.weight"][0, 0, 0, 0] = float("nan")
+    config = json.dumps({name: dict(section) for name, section in Weights(weights, "lesson_05").config.items()})
+    save_file(state, bad, metadata={"lesson": "lesson_05", "config": config})
+    with pytest.raises(UserError, match=r"bad.safetensors holds numbers that are not finite, the first in stem.weight"):
+        Weights(bad, "lesson_05")
+    argv = ["smoke=true", f"weights={weights}", f"runs={tmp_path}", "threads=1", "device=cpu"]
+    blow_up = "import model; old = model.DDPM.sample\n" \
+              "def sample(*a, **k):\n    x = old(*a, **k)\n    x[2:, 0, 3, 3] = float('inf')\n    return x\n" \
+              "model.DDPM.sample = sample"
+    error = launch("lesson_05/sample.py", *argv, before=blow_up).error()
+    assert "2 of 4 images are not finite, the first is number 3: the sampler ran away" in error
+    assert not list(tmp_path.glob("**/samples.png"))
+
+
 def test_names_of_lessons():
     assert lesson_name("/a/lesson_05") == "lesson_05"
     assert lesson_name("/a/lesson_05/sublesson_a") == "lesson_05/sublesson_a"

@@ -23,7 +23,7 @@ from utils import EMA, Run, UserError, atomic, classify, digits, fid_to_test, fl
 from utils import images as pictures
 from utils import scores as judging
 from utils.device import auto_precision, check_processes, device_name, fast_bf16, peak_memory_mb
-from utils.errors import cli, disk_error
+from utils.errors import Diverged, cli, disk_error
 from utils.files import lock, read_json, update_json
 
 
@@ -117,6 +117,21 @@ def test_sizes_of_grids(tmp_path, n, columns, size):
         array = np.asarray(picture)
     assert np.array_equal(array[2:58:2, 2:58:2], to_uint8(x[0, 0]).numpy())
     assert pictures.grid(torch.zeros(2, 3, 8, 8), scale=1).mode == "RGB"
+
+
+def test_images_that_are_not_finite_are_none(tmp_path):
+    good, bad = torch.zeros(5, 1, 28, 28), torch.zeros(5, 1, 28, 28)
+    bad[3, 0, 1, 1], bad[4, 0, 2, 2] = float("nan"), float("-inf")
+    for fine in (good, [good, good], (), [], {"x": 1}.values(), good.to(torch.uint8)):
+        pictures.check_finite(list(fine) if not torch.is_tensor(fine) else fine)
+    for x, part in ((bad, "2 of 5 images are not finite, the first is number 4"),
+                    ([good, bad, bad], "not finite from batch 2 of 3 on")):
+        with pytest.raises(Diverged, match=part) as info:
+            pictures.check_finite(x)
+        assert "the sampler ran away" in str(info.value) and "\n" not in str(info.value)
+    for count in (fid_to_test, score):
+        with pytest.raises(Diverged, match="2 of 5 images are not finite"):
+            count(bad)
 
 
 def test_strips_put_rows_under_each_other(tmp_path):

@@ -318,20 +318,20 @@ def _one_job(file, argv, function, job):
 
 
 def _one_arm(file, argv, sections, train, name, arm, seed, keys, load, measure):
-    """Weights file and numbers of one arm; None, None if its loss ran away."""
+    """Weights file and numbers of one arm; None, None if its loss or its samples ran away."""
     run = job_run(file, argv)
     arm = arm if isinstance(arm, Arm) else Arm(arm)
     folder = run.folder / (folder_name(name, seed) + mark(file, arm))
     try:
         path = trained(functools.partial(_train, train, arm.names), folder, [
             *own(argv, sections), "preview_every=0", f"seed={seed}", *keys, *arm.keys], run.lesson)
-    except Diverged:
+        if measure is None:
+            return path, None
+        weights = run.read(path)
+        parts = load(run, weights, **arm.names) if load else weights
+        return path, measure(run, *(parts if isinstance(parts, tuple) else (parts,)), arm=name, seed=seed)
+    except Diverged:                                   # its loss, or its samples
         return None, None
-    if measure is None:
-        return path, None
-    weights = run.read(path)
-    parts = load(run, weights, **arm.names) if load else weights
-    return path, measure(run, *(parts if isinstance(parts, tuple) else (parts,)), arm=name, seed=seed)
 
 
 def _train(train, names, argv):

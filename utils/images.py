@@ -8,7 +8,21 @@ import torch
 from PIL import Image
 
 from .data import to_uint8
+from .errors import Diverged
 from .files import atomic
+
+
+def check_finite(x):
+    """Diverged, with where it began, if images, or a list of batches of them (an animation), are not finite."""
+    if isinstance(x, (list, tuple)):
+        frames = [i for i, part in enumerate(x) if torch.is_tensor(part) and not part.isfinite().all()]
+        if frames:
+            raise Diverged(f"the images are not finite from batch {frames[0] + 1} of {len(x)} on: {_RAN_AWAY}")
+    elif bad := [i for i, good in enumerate(x.isfinite().flatten(1).all(1).tolist()) if not good]:
+        raise Diverged(f"{len(bad)} of {len(x)} images are not finite, the first is number {bad[0] + 1}: {_RAN_AWAY}")
+
+
+_RAN_AWAY = "the sampler ran away and nothing of this is written; try less guidance, other steps or precision=fp32"
 
 
 def _write(path, save):
@@ -88,6 +102,9 @@ def save_npz(x, path, labels=None):
     if labels is not None:
         arrays.append(torch.as_tensor(labels).cpu().numpy())
     return _write(path, lambda file: np.savez_compressed(file, *arrays))
+
+
+PICTURES = (save_grid, save_strip, save_gif, save_npz)  # what takes images
 
 
 def figure(rows=1, columns=1, width=5.0, height=3.2):

@@ -24,6 +24,7 @@ from .config import OVERLAYS, load, plain, split
 from .device import check_processes, device_name, peak_memory_mb, start
 from .errors import UserError, disk_error, mute
 from .files import atomic, lesson_name, lock, numbered, read_json, short, update_json, write_json
+from .images import PICTURES, check_finite
 from .log import Log, progress
 from .syntax import code_hash
 from .weights import Weights, choose, save_weights
@@ -426,6 +427,8 @@ class Run:
         """Call `save(content, path, **options)` for the file `name` in this run's folder; says where, publishes."""
         if not self.is_main:
             return None
+        if self.script == "sample" and save in PICTURES:
+            check_finite(content)
         path = save(content, self.folder / name, **options)
         print(f"wrote {short(path)}")
         if self.settings.publish:

@@ -17,6 +17,7 @@ from torch import nn
 from .data import digits
 from .errors import UserError
 from .files import ROOT
+from .images import check_finite
 
 JUDGES = ROOT / "utils" / "judges.safetensors"
 WIDTHS = {"features": 24, "labels": 20}                # two judges, told apart by width and seed
@@ -120,6 +121,7 @@ def _test_features(low=False):
 
 def fid_to_test(x, low=False):
     """FID of images x (N, 1, 28, 28) against the 10,000 test images; low=True: of first-layer statistics."""
+    check_finite(x)
     return fid(features(x, low), _test_features(low))
 
 
@@ -140,6 +142,7 @@ def score(x, labels=None):
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     n = len(x)
+    check_finite(x)
     if n < 100:
         raise UserError(f"scores need at least 100 images, not n={n}: raise n")
     feature, reference = features(x), _test_features()

@@ -28,6 +28,9 @@ class Weights:
                 self.state = {key: file.get_tensor(key) for key in file.keys()}
         except SafetensorError as error:
             raise UserError(f"{path} is not a readable safetensors file ({error}): delete it and train again") from None
+        if bad := not_finite(self.state):
+            raise UserError(f"{path} holds numbers that are not finite, the first in {bad[0]}: train again, or choose "
+                            "another file with weights=FILE")
         if meta.get("lesson") not in lessons:
             raise UserError(f"{path} holds weights of {meta.get('lesson', 'something else')}, not of "
                             f"{' or '.join(dict.fromkeys(lessons))}: choose another file with weights=FILE")
@@ -46,13 +49,18 @@ class Weights:
         return net
 
 
+def not_finite(state):
+    """The names of those tensors of a state that hold NaN or infinity."""
+    return [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+
+
 def save_weights(net, path, lesson, **config):
     """Write a network's weights in fp16, with its lesson and the configuration to rebuild it from. Returns the path."""
     from safetensors.torch import save
 
     state = {key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
              for key, value in state_of(net).items()}
-    if bad := [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
+    if bad := not_finite(state):
         raise Diverged(f"the weights are not finite ({bad[0]}): not written. Try a smaller lr or precision=fp32")
     with atomic(path) as temporary:
         temporary.write_bytes(save(state, {"lesson": lesson, "config": json.dumps(config)}))
