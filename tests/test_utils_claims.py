@@ -360,10 +360,10 @@ def test_verdict_needs_seeds_and_a_full_run():
     def cfg(**given):
         return SimpleNamespace(**{"quick": False, "smoke": False, "seeds": 3, **given})
 
-    assert utils.verdict(True, cfg()) == "reproduced"
-    assert utils.verdict(False, cfg()) == "not reproduced at this scale"
+    assert utils.claims.verdict(True, cfg()) == "reproduced"
+    assert utils.claims.verdict(False, cfg()) == "not reproduced at this scale"
     for given in ({"quick": True}, {"smoke": True}, {"seeds": 2}):
-        assert "reproduced" not in utils.verdict(True, cfg(**given))
+        assert "reproduced" not in utils.claims.verdict(True, cfg(**given))
 
 
 def test_deviations_over_seeds():
@@ -374,7 +374,7 @@ def test_deviations_over_seeds():
 
 def test_claims_are_plain_json(tmp_path):
     claim = {"a": [1.0, float("inf"), (float("nan"), "x")], 0.5: {"b": -float("inf")}}
-    assert json.loads(utils.save_json(claim, tmp_path / "claim.json").read_text()) == {
+    assert json.loads(utils.claims.save_json(claim, tmp_path / "claim.json").read_text()) == {
         "a": [1.0, None, [None, "x"]], "0.5": {"b": None}}
     assert torch.equal(torch.randn(3, generator=utils.seeded(4)), torch.randn(3, generator=utils.seeded(4)))
 
@@ -411,7 +411,7 @@ def _die(i):
 
 def test_a_script_without_a_guard_is_told_so(tmp_path, launch):
     script = tmp_path / "mine.py"
-    script.write_text("from utils import cli, parallel\n\n"
+    script.write_text("from utils import cli\nfrom utils.parallel import parallel\n\n"
                       "cli(lambda: print(list(parallel(pow, [(2, 3), (2, 4)], 2))))\n", encoding="utf-8")
     process = launch(script)
     assert process.wait() == 2, process.err            # it once started processes for ever

@@ -123,7 +123,7 @@ def check_checkout(lesson):
     """UserError if the lesson stands in one checkout and this `utils` in another, which an environment may mix."""
     for folder in lesson.parents:
         if (folder / "utils" / "run.py").is_file():
-            if not os.path.samefile(folder, ROOT):
+            if not os.path.samefile(folder / "utils", ROOT / "utils"):      # a link to it will do
                 raise UserError(f"{lesson.name} stands in {folder}, but `utils` comes from {ROOT}: use the Python of "
                                 f"{folder / '.venv'}, or `python -m pip install -e {shlex.quote(str(folder))}` first")
             return

@@ -37,11 +37,6 @@ def canonical(text):
     return dump(ast.parse(text))
 
 
-def source_hash(text, digits=12):
-    """The first hex digits of the SHA-256 of Python source, docstrings and comments aside."""
-    return hashlib.sha256(canonical(text).encode()).hexdigest()[:digits]
-
-
 def code_hash(lesson, script=None):
     """12 hex digits of a lesson's model.py, earlier.py (if it has one) and `script`.py (None: train.py)."""
     paths = [Path(lesson) / f"{name}.py" for name in dict.fromkeys(("model", "earlier", script or "train"))]
