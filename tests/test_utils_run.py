@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ROOT, load
 from utils import EMA, Run, UserError, Weights, code_hash, digits, ramp, save_weights, trained
 from utils.checkpoint import read_checkpoint
+from utils.errors import cli
 from utils.files import check_names, lesson_name, numbered
 from utils.run import Stopped
 
@@ -564,7 +565,11 @@ def test_bad_weights_files_are_one_line(launch, weights, tmp_path):
         "bare": (None, "holds weights of something else"),
         "no_config": ({"lesson": "lesson_05"}, "does not say how its network is built"),
         "shape": ({"lesson": "lesson_05", "config": config.replace('"channels": 8', '"channels": 16')},
-                  "does not fit this network"),
+                  "does not fit this lesson"),
+        "no_section": ({"lesson": "lesson_05", "config": '{"unet": {}}'},
+                       r"does not fit this lesson \(it has no section ddpm\): choose another file with weights=FILE"),
+        "list": ({"lesson": "lesson_05", "config": "[1]"}, "does not say how its network is built"),
+        "deep": ({"lesson": "lesson_05", "config": "[" * 100_000}, "does not say how its network is built"),
     }
     for name, (content, part) in files.items():
         path = tmp_path / f"{name}.safetensors"
@@ -576,8 +581,71 @@ def test_bad_weights_files_are_one_line(launch, weights, tmp_path):
             assert part in launch("lesson_05/sample.py", f"weights={path}", "smoke=true", f"runs={tmp_path}").error()
         with pytest.raises(UserError, match=part) as info:             # in this one
             sample.main([f"weights={path}", "smoke=true", f"runs={tmp_path}", "threads=1"])
-        assert "\n" not in str(info.value) and str(path) in str(info.value)
+        assert "\n" not in str(info.value) and str(path) in str(info.value) and "delete" not in str(info.value)
     assert not (tmp_path / "marker").exists()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(UserError, match="is a folder or a device, not a weights file"):
+            Weights(tmp_path / name, "lesson_05")
+
+
+FOREIGN = {"another key": {"wings": 2}, "channels of 0": {"channels": 0}, "a negative one": {"channels": -8},
+           "far too many": {"channels": 10**6}, "a text": {"channels": "x"}, "a list": {"mults": [[1]]}}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_network_that_a_weights_file_cannot_build_is_one_line(weights, tmp_path, capsys, monkeypatch, kind):
+    path, config = tmp_path / "foreign.safetensors", Weights(weights, "lesson_05").config
+    save_file(load_file(weights), path, metadata={"lesson": "lesson_05", "config": json.dumps({
+        "unet": {**config["unet"], **FOREIGN[kind]}, "ddpm": dict(config["ddpm"])})})
+    argv = [f"weights={path}", "smoke=true", f"runs={tmp_path}", "threads=1", "device=cpu"]
+    with pytest.raises(SystemExit) as stop:
+        cli(lambda: sample.main(argv))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{path} does not fit this lesson (" in error and error.count("error:") == 1, error
+    assert "choose another file with weights=FILE" in error and error.count("\n") == 1
+    monkeypatch.setattr(sample, "UNet", lambda **sizes: (_ for _ in ()).throw(NameError("a reader's own defect")))
+    with pytest.raises(NameError):                     # keeps its traceback
+        cli(lambda: sample.main(argv))
+
+
+def test_a_key_that_a_weights_file_lacks_is_one_line(weights, capsys):
+    def main():
+        weights_file = Weights(weights, "lesson_05")
+        return weights_file.config["unet"].wings
+
+    with pytest.raises(SystemExit):
+        cli(main)
+    assert "does not fit this lesson (AttributeError: " in capsys.readouterr().err
+    with pytest.raises(AttributeError):                # after the weights are in, it is a defect of the code
+        cli(lambda: setattr(loaded := Weights(weights, "lesson_05"), "loaded", True) or loaded.config["unet"].wings)
+
+
+DAMAGE = {"step of -5": {"step": -5}, "step of 10^9": {"step": 10**9}, "half a step": {"step": 2.5},
+          "no number": {"seconds": "long"}, "no time": {"seconds": float("nan")}, "states": {"states": []},
+          "config": {"config": "{"}, "sections": {"config": "[]"}, "noise": {"random": [torch.zeros(3)]},
+          "no noise": {"random": []}, "records": {"records": [3]}, "scaler": {"scaler": None}, "ends": {"ends": 4}}
+
+
+def test_checkpoints_with_other_parts_fall_back_to_the_one_before(cut, straight, capsys):
+    last = run_folder(cut) / "last.pt"
+    content = torch.load(last, weights_only=True)
+    for kind, change in DAMAGE.items():
+        torch.save(content | change, last)
+        with pytest.raises(UserError, match="last.pt is not a checkpoint of this course"):
+            read_checkpoint(last, "lesson_05")
+            pytest.fail(kind)
+    last.unlink()
+    for make in (last.mkdir, lambda: os.mkfifo(last)):
+        make()
+        with pytest.raises(UserError, match="last.pt is a folder or a device, not a checkpoint"):
+            read_checkpoint(last, "lesson_05")
+        last.rmdir() if last.is_dir() else last.unlink()
+    torch.save(content | {"step": 10**9}, last)
+    assert outcome(train.main(tiny(cut, "--resume")).folder) == straight.outcome
+    captured = capsys.readouterr()
+    assert "last.pt is not a checkpoint of this course" in captured.err and "after step 8" in captured.out
 
 
 def test_weights_of_a_larger_network_than_config_yaml_says(weights, tmp_path):

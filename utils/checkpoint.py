@@ -5,6 +5,7 @@ A run keeps the newest, last.pt, and the one before, previous.pt. A file holds t
 
 import io
 import json
+import math
 import os
 import sys
 import zipfile
@@ -36,6 +37,8 @@ def write_checkpoint(folder, **content):
 
 def read_checkpoint(path, lesson):
     """A checkpoint's content. UserError if it is damaged or foreign."""
+    if not path.is_file():                             # a pipe would wait for ever
+        raise UserError(f"{short(path)} is a folder or a device, not a checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
@@ -45,11 +48,29 @@ def read_checkpoint(path, lesson):
         if isinstance(error, OSError) and disk_error(error):
             raise
         raise UserError(f"{short(path)} is damaged or no checkpoint ({type(error).__name__})") from None
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT or NEEDED - set(saved):
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or NEEDED - set(saved) or not _sound(saved):
         raise UserError(f"{short(path)} is not a checkpoint of this course")
     if saved["lesson"] != lesson:
         raise UserError(f"{short(path)} belongs to {saved['lesson']}, not to {lesson}")
     return saved
+
+
+def _sound(saved):
+    """Whether a checkpoint's parts are of the kinds and sizes that a training leaves."""
+    try:
+        config, noise = json.loads(saved["config"]), torch.get_rng_state()
+        most = config["train"]["steps"] if "train" in config else math.inf
+        return (type(saved["step"]) is int and 0 < saved["step"] <= most
+                and 0 <= saved["seconds"] < math.inf
+                and all(isinstance(saved[name], dict) for name in ("states", "scaler"))
+                and all(isinstance(section, dict) for section in config.values())
+                and len(saved["random"]) > 0 and isinstance(saved["random_cuda"], list)
+                and all(state.dtype == noise.dtype and state.shape == noise.shape for state in saved["random"])
+                and all(isinstance(step, int) and isinstance(values, dict)
+                        for step, values in saved.get("records", []))
+                and all(type(end) is int for end in saved.get("ends", [])))
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        return False
 
 
 def checkpoints(folder):
@@ -124,8 +145,8 @@ def load_states(objects, saved, folder):
     for name, item in objects.items():
         try:
             fill(item, saved["states"][name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"the checkpoint in {folder} does not fit: {str(error).splitlines()[0]}; "
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"the checkpoint in {folder} does not fit: {(str(error).splitlines() or ['?'])[0]}; "
                             "train anew without --resume") from None
 
 

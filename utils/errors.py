@@ -66,7 +66,11 @@ def cli(main):
         if (user_error := disk_error(error)) is None:
             raise
         fail(user_error)
-    except ValueError as error:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        if line := _foreign(error):
+            fail(line)
+        if not isinstance(error, ValueError):
+            raise
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if Path(frame.filename).name in ("model.py", "earlier.py")]
         if not own or own[-1] is not frames[-1] and "__init__" not in [frame.name for frame in own]:
@@ -75,6 +79,29 @@ def cli(main):
     except KeyboardInterrupt as error:
         print(str(error) or "stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _foreign(error):
+    """The one line about a weights file from which a lesson cannot build its network; None for any other error.
+
+    Another lesson, another version or another hand has made it: its sections lack a key, have one more, or hold a
+    value that the constructor cannot take.
+    """
+    from .config import Section
+    from .weights import Weights, misfit
+
+    frames = [(frame, line, Path(frame.f_code.co_filename).name)
+              for frame, line in traceback.walk_tb(error.__traceback__)]
+    files = [item for frame, _, _ in frames for item in frame.f_locals.values()
+             if isinstance(item, Weights) and not item.loaded]
+    building = [f", {name}, line {line}" for frame, line, name in frames
+                if name in ("model.py", "earlier.py") and frame.f_code.co_name == "__init__"]
+    calling = frames[-1][2] in ("sample.py", "reproduce.py", "train.py") and isinstance(error, TypeError)
+    absent = isinstance(error, AttributeError) and isinstance(error.obj, Section)
+    if not files or not (building or calling or absent) or isinstance(error, AttributeError) and not absent:
+        return None
+    reason = (str(error).splitlines() or ["no more is known"])[0]
+    return misfit(files[0].path, f"{type(error).__name__}: {reason}{''.join(building[-1:])}")
 
 
 def mute(terminal=False):

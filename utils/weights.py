@@ -10,6 +10,22 @@ from .errors import Diverged, UserError
 from .files import atomic, numbered
 
 
+def misfit(path, reason):
+    """The one line about a weights file that is whole and yet not one of this lesson as it is now."""
+    return f"{path} does not fit this lesson ({reason}): choose another file with weights=FILE, or train again"
+
+
+class Sections(dict):
+    """The sections of a weights file; one that it does not have is the reader's to hear of."""
+
+    def __init__(self, path, sections):
+        super().__init__(sections)
+        self.path = path
+
+    def __missing__(self, name):
+        raise UserError(misfit(self.path, f"it has no section {name}"))
+
+
 class Weights:
     """A weights file: `.config` holds the sections its objects were made from, `.load(net)` fills a network.
 
@@ -20,14 +36,17 @@ class Weights:
         from safetensors import SafetensorError, safe_open
 
         self.path = Path(path)
+        self.loaded = False                            # until then an error is taken for one of the file: errors.cli
         if not self.path.is_file():
-            raise UserError(f"there is no weights file {path}")
+            raise UserError(f"{path} is a folder or a device, not a weights file" if self.path.exists() else
+                            f"there is no weights file {path}")
         try:
             with safe_open(self.path, "pt") as file:
                 meta = file.metadata() or {}
                 self.state = {key: file.get_tensor(key) for key in file.keys()}
         except SafetensorError as error:
-            raise UserError(f"{path} is not a readable safetensors file ({error}): delete it and train again") from None
+            raise UserError(f"{path} is not a readable safetensors file ({error}): choose another file "
+                            "with weights=FILE, or train again") from None
         if bad := not_finite(self.state):
             raise UserError(f"{path} holds numbers that are not finite, the first in {bad[0]}: train again, or choose "
                             "another file with weights=FILE")
@@ -35,8 +54,9 @@ class Weights:
             raise UserError(f"{path} holds weights of {meta.get('lesson', 'something else')}, not of "
                             f"{' or '.join(dict.fromkeys(lessons))}: choose another file with weights=FILE")
         try:
-            self.config = {name: Section(**values) for name, values in json.loads(meta["config"]).items()}
-        except (KeyError, ValueError, TypeError, AttributeError):
+            self.config = Sections(path, {
+                name: Section(**values) for name, values in json.loads(meta["config"]).items()})
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path} does not say how its network is built: train again") from None
 
     def load(self, net):
@@ -45,7 +65,8 @@ class Weights:
             fill(net, {key: value.float() if value.is_floating_point() else value for key, value in self.state.items()})
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise UserError(f"{self.path} does not fit this network ({reason}): train again") from None
+            raise UserError(misfit(self.path, reason)) from None
+        self.loaded = True
         return net
 
 
