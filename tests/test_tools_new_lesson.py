@@ -76,6 +76,16 @@ def test_the_folder_is_made_from_the_parent(root, capsys):
     assert "| copied | `train.py` | `main`, `own` | from [lesson_02](../lesson_02/train.py) |" in page
 
 
+def test_a_long_title_takes_two_lines(root):
+    lessons = yaml.safe_load((root / "lessons.yaml").read_text())
+    lessons[3]["title"] = "A title " * 20
+    (root / "lessons.yaml").write_text(yaml.safe_dump(lessons))
+    assert main(["03"], root) == 0
+    first, second, empty, *_ = (root / "lesson_03/model.py").read_text().split("\n")
+    assert first.startswith('"""Name03: A title') and second.endswith("(TODO: authors 2020).") and not empty
+    assert max(len(first), len(second)) <= 120
+
+
 def test_paths_of_a_sublesson_lead_one_folder_up(root):
     assert main(["2b"], root) == 0
     after = files(root)

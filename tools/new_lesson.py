@@ -10,6 +10,7 @@ you is marked TODO.
 import os
 import re
 import sys
+import textwrap
 
 from tools import lineage
 from tools.frontpage import REPOSITORY
@@ -19,7 +20,7 @@ from utils.syntax import KINDS
 SCRIPTS = ("train.py", "sample.py", "reproduce.py")
 MONTHS = ("January February March April May June July August September October November December").split()
 
-MODEL = '''"""{name}: {title} ({source}).
+MODEL = '''{head}
 
 Convention: TODO: what t and x_t mean here, where t = 0 is, what the network receives and predicts.
 """
@@ -181,7 +182,8 @@ def model(house, lesson, parent):
     year = (lesson["date"] or "").partition("-")[0]
     arxiv = re.search(r"arxiv\.org/abs/([\w./-]+)", lesson["paper"] or "")
     source = ", ".join(filter(None, [f"TODO: authors {year}".strip(), f"arXiv {arxiv[1]}" if arxiv else ""]))
-    return MODEL.format(name=lesson["name"], title=lesson["title"], source=source, imports="\n".join(rows))
+    head = textwrap.fill(f'"""{lesson["name"]}: {lesson["title"]} ({source}).', 120, break_long_words=False)
+    return MODEL.format(head=head, imports="\n".join(rows))
 
 
 def readme(lesson, parent):
