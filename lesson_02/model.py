@@ -54,6 +54,7 @@ class DPM(Diffusion):
         abar = torch.cumprod(1 - (floor + baseline * (1 - floor - 1e-5)), dim=0)
         self.abar = torch.cat([abar, abar.new_ones(1)])                                 # abar[-1] = 1: the clean data
         self.register_buffer("basis", temporal_basis(timesteps, bumps), persistent=False)          # (T, J), for p_step
+        self.ends = 1 - abar[-1].item(), 1 - abar[0].item()     # variances of q(x^(T)|x^(0)) and q(x^(1)|x^(0))
 
     def standardise(self, x0, generator=None):
         """Data for the chain, which ends in a unit Gaussian (Sec. 2.1): mean 0 and variance 1. (B, ...)."""
@@ -96,7 +97,7 @@ class DPM(Diffusion):
         K = -kl_sum + H_q(X_T | X_0) - H_q(X_1 | X_0) - H_p(X_T); a unit Gaussian gives -H_p(X_T).
         """
         last, first, prior = (0.5 * (1 + math.log(2 * math.pi)) + 0.5 * math.log(variance)         # each entropy H
-                              for variance in (1 - self.abar[-2].item(), 1 - self.abar[0].item(), 1))
+                              for variance in (*self.ends, 1))
         return (-kl_sum + (last - first - prior) + prior) / math.log(2)
 
     def loss(self, net, x0):
@@ -245,6 +246,7 @@ class Binomial(nn.Module):
         self.timesteps = timesteps
         beta = 1 / (timesteps - torch.arange(timesteps, dtype=torch.float64))
         self.register_buffer("abar", torch.cat([torch.cumprod(1 - beta, 0), torch.ones(1).double()]), persistent=False)
+        self.flip = (1 - self.abar[0].item()) / 2           # that a bit of x^(1) is another than the data's
 
     def standardise(self, x0, generator=None):
         """Bits need no preparation for the chain of Sec. 2.1."""
@@ -278,7 +280,7 @@ class Binomial(nn.Module):
 
     def bits(self, kl_sum):
         """The bound K of Sec. 2.4 from the sum of its divergences in nats: log2 p of one bit of the data."""
-        p = (1 - self.abar[0].item()) / 2                   # that a bit of x^(1) is another than the data's
+        p = self.flip
         first = -p * math.log2(p) - (1 - p) * math.log2(1 - p)                         # H_q(X_1 | X_0)
         return -kl_sum / math.log(2) - first                # x_T is coins in q and in p: the other two entropies cancel
 

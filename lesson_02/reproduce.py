@@ -118,10 +118,11 @@ class ExactHeartbeat:
 
     def __init__(self, chain, size=20, period=5):
         self.chain = chain
-        self.data = (torch.arange(size) % period == torch.arange(period)[:, None]).double()   # all there is, (5, 20)
+        data = torch.arange(size) % period == torch.arange(period)[:, None]                   # all there is, (5, 20)
+        self.data = data.double().to(chain.abar.device)
 
     def __call__(self, x, t):
-        xt, chain = ((x + 1) / 2).double().cpu(), self.chain
+        xt, chain = ((x + 1) / 2).double(), self.chain
         likelihood, q = [], []
         for x0 in self.data:
             p = chain.q_bit(x0, t, torch.full_like(t, -1))
