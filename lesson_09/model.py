@@ -116,9 +116,8 @@ class IDDPM(DDPM):
         log_variance, log_true = log_variance.expand_as(mean), image(self.log_beta_tilde(t, t - 1))
         error = (self.q_posterior(x0, xt, t, t - 1) - mean) ** 2
         term = 0.5 * (log_variance - log_true - 1 + (log_true - log_variance).exp() + error * (-log_variance).exp())
-        first = t == 0
-        term[first] = -discretized_log_likelihood(x0[first], mean[first], (0.5 * log_variance[first]).exp())
-        return term.flatten(1).mean(1) / math.log(2)
+        nll = -discretized_log_likelihood(x0, mean, (0.5 * log_variance).exp())
+        return torch.where(image(t) == 0, nll, term).flatten(1).mean(1) / math.log(2)
 
     def loss(self, net, x0, sampler=None):
         """One draw of L_simple, L_hybrid (Eq. 16) or lambda L_vlb; t uniform, or Eq. (18) by an ImportanceSampler."""
@@ -127,7 +126,7 @@ class IDDPM(DDPM):
         if sampler is None:
             t, weight = torch.randint(self.timesteps, (len(x0),), device=x0.device), 1.0
         else:
-            t, weight = sampler.draw(len(x0))
+            t, weight = (part.to(x0.device) for part in sampler.draw(len(x0)))
         eps = torch.randn_like(x0)
         xt = self.q_sample(x0, t, eps)
         guess, v = self.predict(net, xt, t)
