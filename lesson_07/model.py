@@ -286,7 +286,8 @@ class SDE(nn.Module):
 # Adapted from lesson_03/model.py: dequantise -- to [-1, 1), the range of this lesson's data
 def dequantise(x0, generator=None):
     """Grey levels in [-1, 1] -> [-1, 1), each spread evenly over its 2/256: a density exists (Sec. 4.3). (B, ...)."""
-    return ((x0 + 1) * 127.5 + torch.rand(x0.shape, generator=generator).to(x0)) / 128 - 1
+    u = torch.rand_like(x0) if generator is None else torch.rand(x0.shape, generator=generator).to(x0)
+    return ((x0 + 1) * 127.5 + u) / 128 - 1
 
 
 def quantise(x):

@@ -204,7 +204,8 @@ class VDM(nn.Module):
 
     def times(self, n, device=None):
         """n times, each uniform in [0, 1), together evenly spaced: t_i = (u + i / n) mod 1, App. I.1. (n,) float64."""
-        return (torch.rand((), dtype=torch.float64) + torch.arange(n, dtype=torch.float64) / n).remainder(1).to(device)
+        kind = {"dtype": torch.float64, "device": device}
+        return (torch.rand((), **kind) + torch.arange(n, **kind) / n).remainder(1)
 
     def loss(self, net, x0):
         """One draw of Eq. (11), averaged over the batch. x0 (B, C, H, W) -> reconstruction, prior, diffusion.

@@ -211,5 +211,5 @@ class FlowMatching(nn.Module):
 def dequantise(x0, generator=None):
     """Grey levels k in [-1, 1] become (k + u) / 128 - 1 with u uniform in [0, 1): a density, App. C. (B, C, H, W)."""
     level = ((x0 + 1) * 127.5).round()
-    u = torch.rand(x0.shape, generator=generator).to(x0.device)
+    u = torch.rand_like(x0) if generator is None else torch.rand(x0.shape, generator=generator).to(x0.device)
     return (level + u) / 128 - 1
