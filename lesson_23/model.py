@@ -9,6 +9,7 @@ a class c is (B,) int64, `classes` for none. Tokens are (B, N, D), patches in re
 The process (Sec. 3.1) is lesson 09's, unchanged: `IDDPM` with the linear schedule, L_hybrid and the learned variance.
 """
 
+import functools
 import math
 
 import torch
@@ -62,6 +63,12 @@ def sincos_2d(dim, h, w):
 
     row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     return torch.cat([sincos(column.flatten()), sincos(row.flatten())], dim=1)
+
+
+@functools.cache
+def sincos_on(device, dtype, *size):
+    """`sincos_2d` of this size where it is added (Sec. 3.2), made once: a copy at every call would wait for a GPU."""
+    return sincos_2d(*size).to(dtype).to(device)
 
 
 # Adapted from lesson_01/model.py: time_embedding -- cosines first; the frequencies end just above 1/10000
@@ -224,7 +231,7 @@ class DiT(nn.Module):
         """x (B, C, H, W), t (B,) int, c (B,) int -> the noise and v, (B, 2 C, H, W). H and W may differ."""
         h, w = (side // self.patch for side in x.shape[2:])
         x = self.stem(patchify(x, self.patch))                              # (B, N, D)
-        x = x + sincos_2d(x.shape[2], h, w).to(x)
+        x = x + sincos_on(x.device, x.dtype, x.shape[2], h, w)
         emb = torch.stack([self.time(t), self.label(c)], dim=1)             # (B, 2, D)
         if self.conditioning == "in-context":
             x = torch.cat([x, emb], dim=1)                                  # two more tokens, like all others

@@ -7,6 +7,7 @@ Images are (B, C, H, W) in [-1, 1]; t is (B,) in [0, 1]; a condition c is (B, 3,
 once for each of three text encoders. The empty caption, the start token alone, stands for "dropped".
 """
 
+import functools
 import math
 
 import torch
@@ -245,6 +246,12 @@ def cropped_sincos_2d(dim, h, w, grid):
     return sincos_2d(dim, grid, grid).unflatten(0, (grid, grid))[rows, columns].flatten(0, 1)
 
 
+@functools.cache
+def cropped_sincos_on(device, dtype, *size):
+    """`cropped_sincos_2d` of this size where it is added (Sec. 5.3), made once: a copy at every call waits for a GPU."""
+    return cropped_sincos_2d(*size).to(dtype).to(device)
+
+
 class MMDiT(nn.Module):
     """A transformer over two streams of tokens, text and image patches (Sec. 4, Fig. 2a).
 
@@ -271,7 +278,7 @@ class MMDiT(nn.Module):
         """x (B, C, H, W), t (B,) 1000 times the time, c (B, 3, L) int -> the velocity, (B, C, H, W)."""
         h, w = (side // self.patch for side in x.shape[2:])
         x = self.stem(patchify(x, self.patch))                              # (B, N, D)
-        x = x + cropped_sincos_2d(x.shape[2], h, w, self.grid).to(x)
+        x = x + cropped_sincos_on(x.device, x.dtype, x.shape[2], h, w, self.grid)
         tokens, pooled = self.text(c)
         context, emb = self.context(tokens), torch.stack([self.time(t), self.pooled(pooled)], dim=1)
         for block in self.blocks:

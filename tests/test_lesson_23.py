@@ -130,10 +130,9 @@ def test_network_takes_an_image_that_is_not_square(monkeypatch):
     torch.manual_seed(0)
     net, x = filled(DiT(**{**SMALL, "patch": 1})).eval(), torch.randn(2, 1, 4, 6)
     y = net(x, times(3, 700), times(1, 10))
-    table = model.sincos_2d
+    table = model.sincos_on
     asked = []
-    monkeypatch.setattr(model, "sincos_2d",
-                        lambda dim, h, w: asked.append((h, w)) or table(dim, h, w).roll(dim // 2, 1))
+    monkeypatch.setattr(model, "sincos_on", lambda *kind: asked.append(kind[3:]) or table(*kind).roll(kind[2] // 2, 1))
     tall = net(x.transpose(2, 3), times(3, 700), times(1, 10))
     assert y.shape == (2, 2, 4, 6) and asked == [(6, 4)] and torch.allclose(tall.transpose(2, 3), y, atol=1e-4)
     assert not torch.allclose(net(x.flip(3), times(3, 700), times(1, 10)).flip(3), y, atol=1e-3)   # places matter
