@@ -92,7 +92,7 @@ def given(net, c, w=1.0):
 
     The weight as an input: Meng et al. (2022), Sec. 3; official code: denoise.
     """
-    return lambda xt, t: net(xt, t, c, torch.as_tensor(w, dtype=torch.float32, device=xt.device).expand(len(xt)))
+    return lambda xt, t: net(xt, t, c, each(w, xt))
 
 
 # Adapted from lesson_32/model.py: guided -- a weight for every sample; the network's own input w stays at 1
@@ -106,15 +106,21 @@ def guided(net, c, null, w):
 
     def v(xt, t):
         v_c, v_u = both(torch.cat([xt, xt]), torch.cat([t, t])).chunk(2)
-        return v_u + image(torch.as_tensor(w, device=xt.device).expand(len(xt))) * (v_c - v_u)
+        return v_u + image(each(w, xt)) * (v_c - v_u)
 
     return v
 
 
+def each(w, x):
+    """The guidance weight of every sample of x, as official code: denoise has it. w: number or (B,) -> (B,) float32."""
+    w = w.to(x.device, torch.float32) if torch.is_tensor(w) else torch.full((), w, dtype=torch.float32, device=x.device)
+    return w.expand(len(x))
+
+
 # ------------------------------------------------------------------ rotary positions: RoFormer, on three axes
-def positions(h, w):
+def positions(h, w, device=None):
     """(0, row, column) of each patch, row by row (official code: prepare). (h w, 3) int64."""
-    row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    row, column = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], dim=2).flatten(0, 1)
 
 
@@ -270,7 +276,7 @@ class Flux(nn.Module):
     def tokens(self, x):
         """The patches of an image and where they are (official code: prepare). (B, N, C patch^2), (N, 3)."""
         h, w = (side // self.patch for side in x.shape[2:])
-        return patchify(x, self.patch), positions(h, w).to(x.device)
+        return patchify(x, self.patch), positions(h, w, x.device)
 
     def forward(self, x, t, c, w):
         """x (B, C, H, W), t (B,) the time, c (B, L) int, w (B,) the guidance weight -> the velocity, (B, C, H, W)."""
