@@ -280,8 +280,7 @@ class Binomial(nn.Module):
 
     def bits(self, kl_sum):
         """The bound K of Sec. 2.4 from the sum of its divergences in nats: log2 p of one bit of the data."""
-        p = self.flip
-        first = -p * math.log2(p) - (1 - p) * math.log2(1 - p)                         # H_q(X_1 | X_0)
+        first = -sum(p * math.log2(p) for p in (self.flip, 1 - self.flip))              # H_q(X_1 | X_0)
         return -kl_sum / math.log(2) - first                # x_T is coins in q and in p: the other two entropies cancel
 
     @torch.no_grad()
