@@ -248,7 +248,7 @@ def cropped_sincos_2d(dim, h, w, grid):
 
 @functools.cache
 def cropped_sincos_on(device, dtype, *size):
-    """`cropped_sincos_2d` of this size where it is added (Sec. 5.3), made once: a copy at every call waits for a GPU."""
+    """`cropped_sincos_2d` of this size where it is added (Sec. 5.3), made once: copies wait for a GPU."""
     return cropped_sincos_2d(*size).to(dtype).to(device)
 
 

@@ -144,7 +144,7 @@ class Claim:
             self.run.output(plot, self, "claim.png")
         self.run.record("claim", minutes=content["minutes"], verdicts={
             letter: one["verdict"] for letter, one in self.claims.items()}, **plain(record))
-        if headline and self.cfg.publish:
+        if headline and self.cfg.publish and self.run.device.type == "cpu":
             with update_json(self.run.lesson / "results" / "results.json") as results:
                 results["headline"] = headline
         return content
@@ -451,4 +451,5 @@ def _infinite(value):
 
 def _minutes(path):
     """How long an arm took to train, also if that was in an earlier call."""
-    return read_json(path.parent / "results.json").get("train", {}).get("minutes", 0)
+    found = read_json(path.parent / "results.json")
+    return (found.get("train") or found.get("train_gpu") or {}).get("minutes", 0)

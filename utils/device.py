@@ -90,6 +90,22 @@ def device_name(device="cpu"):
     return f"{cores} CPU core{'s' * (cores > 1)} ({model})"
 
 
+def move(tensor, device):
+    """A tensor on this device. On the way from the CPU to a GPU nothing waits: it is copied from pinned memory."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def wait_for(device):
+    """Return when the device has done all that it was given. A CPU has, when a call returns."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
+
+
 def peak_memory_mb(device="cpu"):
     """The most memory this process has held so far, in MB: resident on a CPU, allocated on a GPU."""
     if torch.device(device).type == "cuda":

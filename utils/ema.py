@@ -1,5 +1,6 @@
 """An exponential moving average of a network's weights."""
 
+import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
@@ -12,14 +13,23 @@ class EMA(AveragedModel):
 
     def __init__(self, net, decay=0.999):
         net = getattr(net, "module", net)              # the network inside a distributed wrapper
-        super().__init__(net, multi_avg_fn=self._average)
+        super().__init__(net)
         self.decay = decay
         self.module.eval().requires_grad_(False)
 
-    def _average(self, averaged, current, n):
-        n = float(n)                                   # updates so far
-        get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))(averaged, current, n)
-
+    @torch.no_grad()
     def update(self, net):
-        """Move towards the weights of `net`, one step."""
-        self.update_parameters(getattr(net, "module", net))
+        """Move towards the weights of `net`, one step.
+
+        Like `update_parameters`, which moves the count of updates to the GPU and waits for it, at every step.
+        """
+        net = getattr(net, "module", net)
+        averaged, current = list(self.module.parameters()), list(net.parameters())
+        n = int(self.n_averaged)                       # updates so far; this number stays on the CPU
+        if n:
+            get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))(averaged, current, n)
+        else:
+            torch._foreach_copy_(averaged, current)
+        for mine, new in zip(self.module.buffers(), net.buffers(), strict=True):
+            mine.copy_(new)
+        self.n_averaged += 1

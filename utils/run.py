@@ -21,7 +21,7 @@ import torch
 
 from . import checkpoint, files
 from .config import OVERLAYS, load, plain, split
-from .device import check_processes, device_name, peak_memory_mb, start
+from .device import check_processes, device_name, move, peak_memory_mb, start, wait_for
 from .errors import UserError, disk_error, mute
 from .files import atomic, lesson_name, lock, numbered, read_json, short, update_json, write_json
 from .images import PICTURES, check_finite
@@ -215,7 +215,7 @@ class Run:
             with self._signals(), progress(self.step, end, self.is_main and self.step < end) as bar:
                 while self.step < end:
                     before = time.perf_counter()
-                    batch = tuple(part.to(self.device) for part in data.batch(self.step, self.rank, self.world))
+                    batch = tuple(move(part, self.device) for part in data.batch(self.step, self.rank, self.world))
                     self._waited += time.perf_counter() - before
                     yield self.step, batch
                     self.step += 1
@@ -258,7 +258,12 @@ class Run:
 
     def _elapsed(self):
         """Seconds of training, those before an interruption included."""
-        return self._seconds_before + time.perf_counter() - self._start
+        return self._seconds_before + self.clock() - self._start
+
+    def clock(self):
+        """Seconds since some moment, read when the device has done all it was given: a GPU works on after a call."""
+        wait_for(self.device)
+        return time.perf_counter()
 
     def every(self, n):
         """Whether n more steps are done now (for previews): true on the main process only. n = 0: never."""
@@ -381,7 +386,7 @@ class Run:
         }
         try:
             failed = None
-            self.record("train" if self.device.type == "cpu" else "train_gpu", **numbers)
+            self.record("train", **numbers)
         except (UserError, OSError) as error:
             failed = isinstance(error, OSError) and disk_error(error) or error
         if records and "loss" in records[0]:
@@ -413,7 +418,11 @@ class Run:
             self.accelerator.end_training()
 
     def record(self, name, **numbers):
-        """Write numbers with how they were made to the folder's results.json (and the published one)."""
+        """Write numbers with how they were made to the folder's results.json (and the published one).
+
+        Those of a GPU go by a name of their own, NAME_gpu, beside the CPU's.
+        """
+        name = name if self.device.type == "cpu" else f"{name}_gpu"
         entry = {**numbers, "command": " ".join([f"python {self.script}.py", *(
             a for a in self.argv if split(a)[0] not in ("publish", "runs"))]),
                  "seed": self.settings.seed, "device": device_name(self.device), "dtype": self.precision,
@@ -436,7 +445,10 @@ class Run:
         return path
 
     def publish(self, path, name=None):
-        """Copy a file of this run to results/."""
+        """Copy a file of this run to results/: weights and pictures are those of a CPU, a GPU publishes numbers."""
+        if self.device.type != "cpu":
+            print(f"not published: {Path(path).name}, for results/ holds what a CPU makes; of a GPU, numbers alone")
+            return
         with atomic(self.lesson / "results" / (name or Path(path).name)) as temporary:
             temporary.write_bytes(Path(path).read_bytes())
 
