@@ -86,6 +86,12 @@ class RectifiedFlow(earlier.RectifiedFlow):
 
 
 # ------------------------------------------------------------------ the condition: captions, guidance
+def each(w, x):
+    """The guidance weight of every sample of x, as official code: denoise has it. w: number or (B,) -> (B,) float32."""
+    w = w.to(x.device, torch.float32) if torch.is_tensor(w) else torch.full((), w, dtype=torch.float32, device=x.device)
+    return w.expand(len(x))
+
+
 # Adapted from lesson_05/sublesson_c/model.py: given -- the guidance weight is an input, too
 def given(net, c, w=1.0):
     """The network with caption and guidance weight, a number or (B,), filled in: a function of x_t and t, one call.
@@ -109,12 +115,6 @@ def guided(net, c, null, w):
         return v_u + image(each(w, xt)) * (v_c - v_u)
 
     return v
-
-
-def each(w, x):
-    """The guidance weight of every sample of x, as official code: denoise has it. w: number or (B,) -> (B,) float32."""
-    w = w.to(x.device, torch.float32) if torch.is_tensor(w) else torch.full((), w, dtype=torch.float32, device=x.device)
-    return w.expand(len(x))
 
 
 # ------------------------------------------------------------------ rotary positions: RoFormer, on three axes
