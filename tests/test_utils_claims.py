@@ -284,6 +284,20 @@ def test_weights_that_overflow_count_as_a_loss_that_ran_away(small):
     assert rows[0]["diverged"] and rows[0]["w"] == INF and rows[0]["net"] is None and "diverged" not in rows[1]
 
 
+def test_samples_that_are_not_finite_count_as_an_arm_that_diverged(small):
+    from utils.images import check_finite
+
+    reproduce = load(small, "reproduce")
+
+    def measure(run, loss, net, arm, seed):
+        check_finite(torch.full((2, 1, 4, 4), INF if arm == "wild" else 0.0))
+        return {"w": 1.0}
+
+    rows = Claim(reproduce.__file__, ["workers=1"]).arms({"wild": [], "up": []}, reproduce.train.main, measure,
+                                                         reproduce.load, seeds=[0])
+    assert rows[0]["diverged"] and rows[0]["w"] == INF and rows[1]["w"] == 1.0 and "diverged" not in rows[1]
+
+
 def test_any_other_error_of_an_arm_stops_the_claim(small):
     reproduce = load(small, "reproduce")
     with pytest.raises(UserError, match="lr"):
