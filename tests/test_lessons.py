@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
 
@@ -474,12 +476,23 @@ def snapshot(folder):
     return seen, status
 
 
+def draw_coarsely(figure, file, **_):
+    """Figure.savefig in a third of the time: every label and line is drawn, once, without a layout, in few pixels."""
+    figure.set_layout_engine("none")
+    figure.set_dpi(40)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).save(file, "PNG")
+
+
 @pytest.fixture(scope="module")
 def chain(folder, tmp_path_factory):
     """train -> sample -> reproduce in smoke size, one after the other, into a folder of their own."""
     runs, before = tmp_path_factory.mktemp("runs"), snapshot(folder)
     keys = ["smoke=true", *LOCAL, f"runs={runs}"]
-    calls, hook = [], torch.nn.modules.module.register_module_forward_pre_hook(lambda net, _: note(net))
+    calls, patch = [], pytest.MonkeyPatch()
+    patch.setattr(Figure, "savefig", draw_coarsely)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda net, _: note(net))
 
     def note(net):                                     # a network that learns is called: is all of it in training mode?
         if torch.is_grad_enabled() and any(p.requires_grad for p in net.parameters()):
@@ -487,12 +500,13 @@ def chain(folder, tmp_path_factory):
 
     try:
         trained = load(folder, "train").main(keys)
+        hook.remove()
+        sampled = load(folder, "sample").main([*keys, "n=100", "gif=way.gif", "npz=array.npz", "metrics=true"])
+        patch.setattr("utils.images.save_losses", lambda records, path: path)          # train.py has drawn its own
+        claim = load(folder, "reproduce").main(keys)
     finally:
         hook.remove()
-    sampled = load(folder, "sample").main([*keys, "n=100", "gif=way.gif", "npz=array.npz", "metrics=true"])
-    with pytest.MonkeyPatch.context() as patch:        # train.py drew its losses: the arms need no picture
-        patch.setattr("utils.images.save_losses", lambda records, path: path)
-        claim = load(folder, "reproduce").main(keys)
+        patch.undo()
     return SimpleNamespace(runs=runs / "smoke", trained=trained, sampled=sampled, claim=claim, calls=calls,
                            untouched=snapshot(folder) == before)
 
