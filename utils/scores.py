@@ -85,8 +85,13 @@ def _raw_features(x, low, batch_size=500):
 
 
 @functools.cache
+def _raw_test_features(low):
+    return _raw_features(digits("test").first(10_000)[0], low)
+
+
+@functools.cache
 def _unit(low):
-    variance = _raw_features(digits("test").first(10_000)[0], low).var(0)
+    variance = _raw_test_features(low).var(0)
     return variance.sqrt() if low else variance.mean().sqrt()
 
 
@@ -115,8 +120,7 @@ def fid(feature, reference):
 
 @functools.cache
 def _test_features(low=False):
-    x, _ = digits("test").first(10_000)
-    return features(x, low)
+    return _raw_test_features(low) / _unit(low)
 
 
 def fid_to_test(x, low=False):
