@@ -147,7 +147,8 @@ def nearest(x, pool):
 def transfer(run):
     """Carry test threes with the networks that were trained from threes to eights; numbers and a picture."""
     path = arm_weights(run, "transfer").path
-    threes, eights = (starts(digit, 500, 0).to(run.device) for digit in ("3", "8"))
+    most = min(500, run.config.reproduce.n)
+    threes, eights = (starts(digit, most, 0).to(run.device) for digit in ("3", "8"))
     n, result = min(len(threes), len(eights)), {}
     result["random pairs"] = {"cost": float(transport_cost(threes[:n], eights[:n]).mean())}
     for model, steps in (("1-rf", 20), ("2-rf", 20), ("2-rf", 1), ("distilled", 1)):
