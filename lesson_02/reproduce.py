@@ -303,15 +303,16 @@ def plot_swiss_roll(arm, path, n=3000):
 def plot_heartbeat(arm, path, n=40):
     """Sequences on the way to coins, and coins on the way to sequences: a row each, dark is 1."""
     (chain, net), generator = arm, seeded(0)
-    last, x0 = chain.timesteps - 1, train.heartbeat(n, generator)
+    device, last = chain.abar.device, chain.timesteps - 1
+    x0 = train.heartbeat(n, generator).to(device)
     times = [0, last // 4, last // 2, 3 * last // 4, last]
-    xT = (torch.rand(x0.shape, generator=generator) < 0.5).float()
-    back = {last: xT, **{t - 1: x.cpu() for t, x in chain.reverse(net, xT.to(chain.abar.device), generator)}}
+    xT = (torch.rand(x0.shape, generator=generator) < 0.5).float().to(device)
+    back = {last: xT, **{t - 1: x for t, x in chain.reverse(net, xT, generator)}}
     fig, axes = figure(2, 5, width=1.9, height=2.6)
     for column, t in zip(axes.T, times):
-        there = chain.q_draw(x0, torch.full((n,), t), generator)
+        there = chain.q_draw(x0, torch.full((n,), t, device=device), generator)
         for ax, x in zip(column, (there, back[t])):
-            ax.imshow(x, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            ax.imshow(x.cpu(), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
             ax.set(xticks=[], yticks=[])
         column[0].set_title(f"t = {t}", fontsize=10)
     axes[0, 0].set_ylabel("data to coins")
