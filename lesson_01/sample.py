@@ -7,8 +7,6 @@
     python train.py data=swiss_roll && python sample.py n=10000      points in the plane
 """
 
-import time
-
 import torch
 
 from model import MLP, Diffusion
@@ -27,10 +25,10 @@ def main(argv=None):
     diffusion, net = run.place(diffusion, net)
     generator = run.generator()
 
-    start = time.perf_counter()
+    start = run.clock()
     sizes = [min(cfg.batch, cfg.n - i) for i in range(0, cfg.n, cfg.batch)]
     x = torch.cat([diffusion.sample(net, size, cfg.steps, shape, generator) for size in sizes])
-    seconds = time.perf_counter() - start
+    seconds = run.clock() - start
     run.output(save_grid, picture(x), "samples.png")
     print(f"{cfg.n} {kind}, {cfg.steps} network calls each, in {seconds:.1f} s")
     if cfg.npz:

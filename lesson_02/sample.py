@@ -7,8 +7,6 @@
     python train.py data=swiss_roll && python sample.py n=5000       points; data=heartbeat: bits
 """
 
-import time
-
 import torch
 
 from model import DPM, MLP, Binomial, DigitNet, PointNet
@@ -25,10 +23,10 @@ def main(argv=None):
         raise UserError("npz, metrics and gif are for digits, and these weights draw something else: leave them out")
     chain, net = run.place(chain, weights.load(net))
     steps = chain.timesteps - 1 if "bits" in weights.config else min(cfg.steps, chain.timesteps - 1)
-    generator, shape, start = run.generator(), shape_of(weights.config), time.perf_counter()
+    generator, shape, start = run.generator(), shape_of(weights.config), run.clock()
     sizes = [min(cfg.batch, cfg.n - i) for i in range(0, cfg.n, cfg.batch)]
     x = torch.cat([draw(chain, net, size, steps, shape, generator) for size in sizes])
-    seconds = time.perf_counter() - start
+    seconds = run.clock() - start
     run.output(save_grid, picture(x), "samples.png")
     print(f"{cfg.n} samples, {steps} network calls each, in {seconds:.1f} s")
     if cfg.npz:

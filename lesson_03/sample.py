@@ -7,8 +7,6 @@
     python sample.py figures=true                        level by level, inpainting, the nearest training images
 """
 
-import time
-
 import torch
 
 from model import NCSN, ScoreNet, dequantise, from_unit
@@ -25,9 +23,9 @@ def main(argv=None):
     ncsn, net = run.place(ncsn, net)
     calls = ncsn.levels * cfg.steps
 
-    start = time.perf_counter()
+    start = run.clock()
     x = draw(ncsn, net, cfg.n, cfg.steps, cfg.epsilon, run.generator(), cfg.batch)
-    seconds = time.perf_counter() - start
+    seconds = run.clock() - start
     run.output(save_grid, x[:64], "samples.png")
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:

@@ -7,8 +7,6 @@
     python sample.py figures=true                        the way through the levels, the nearest training images
 """
 
-import time
-
 import torch
 
 from model import NCSNv2, ScoreNet, from_unit
@@ -22,9 +20,9 @@ def main(argv=None):
     weights = run.weights()                             # the file carries its network's configuration
     ncsn, net = run.place(NCSNv2(**weights.config["ncsn"]), weights.load(ScoreNet(**weights.config["scorenet"])))
 
-    start = time.perf_counter()
+    start = run.clock()
     x = draw(ncsn, net, cfg.n, cfg.steps, run.generator(), cfg.denoise, cfg.batch)
-    seconds = time.perf_counter() - start
+    seconds = run.clock() - start
     run.output(save_grid, x[:64], "samples.png")
     calls = ncsn.levels * cfg.steps + cfg.denoise
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")

@@ -7,7 +7,6 @@
     python sample.py figures=true                        noising, the loss by time, the nearest training images
 """
 
-import time
 
 import torch
 
@@ -24,9 +23,9 @@ def main(argv=None):
     ddpm, net = run.place(ddpm, net)
     generator = run.generator()
 
-    start = time.perf_counter()
+    start = run.clock()
     x = draw(ddpm, net, cfg.n, cfg.steps, generator, cfg.clip, cfg.batch)
-    seconds = time.perf_counter() - start
+    seconds = run.clock() - start
     run.output(save_grid, x[:64], "samples.png")
     print(f"{cfg.n} digits, {cfg.steps} network calls each, in {seconds:.1f} s")
     if cfg.npz:

@@ -8,8 +8,6 @@
     python sample.py figures=true                        same noise with more steps, slerp, there and back
 """
 
-import time
-
 import torch
 
 from model import DDIM, UNet, slerp
@@ -22,9 +20,9 @@ def main(argv=None):
     ddim, net = load(run, run.weights())                # the file carries its network's configuration
     way = {"times": ddim.times(cfg.steps, cfg.spacing), "eta": cfg.eta, "hat": cfg.sigma_hat, "clip": cfg.clip_x0}
 
-    start = time.perf_counter()
+    start = run.clock()
     x = draw(ddim, net, cfg.n, cfg.seed, cfg.batch, **way)
-    seconds = time.perf_counter() - start
+    seconds = run.clock() - start
     run.output(save_grid, x[:64], "samples.png")
     print(f"{cfg.n} digits, {len(way['times'])} network calls each, in {seconds:.1f} s")
     if cfg.npz:

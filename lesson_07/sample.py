@@ -6,8 +6,6 @@
     python sample.py gif=denoising.gif npz=samples.npz   the way there as an animation; the images as an array
     python sample.py n=2048 metrics=true                 FID and the other scores
 """
-import time
-
 import torch
 
 from model import SDE, VE, UNet, quantise
@@ -27,9 +25,9 @@ def main(argv=None):
     run = Run(__file__, argv)
     cfg = run.config.sample
     sde, net = load(run, run.weights())                 # the file carries its network's configuration
-    way, start = {"predictor": cfg.predictor, "corrections": cfg.corrections, "snr": cfg.snr}, time.perf_counter()
+    way, start = {"predictor": cfg.predictor, "corrections": cfg.corrections, "snr": cfg.snr}, run.clock()
     x, calls = draw(sde, net, cfg.n, cfg.steps, run.generator(), cfg.batch, cfg.sampler, cfg.rtol, **way)
-    print(f"{cfg.n} digits, {calls} network calls each, in {(seconds := time.perf_counter() - start):.1f} s")
+    print(f"{cfg.n} digits, {calls} network calls each, in {(seconds := run.clock() - start):.1f} s")
     run.output(save_grid, x[:64], "samples.png")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)

@@ -6,8 +6,6 @@
     python sample.py n=2048 metrics=true bound=256       FID and the other scores; bits/dim on 256 test images
 """
 
-import time
-
 import torch
 
 from model import IDDPM, UNet
@@ -24,9 +22,9 @@ def main(argv=None):
     ddpm, net = run.place(ddpm, net)
     generator = run.generator()
 
-    start = time.perf_counter()
+    start = run.clock()
     x = draw(ddpm, net, cfg.n, cfg.steps, generator, cfg.clip, cfg.batch, cfg.skip)
-    seconds, calls = time.perf_counter() - start, len(ddpm.times(cfg.steps, cfg.skip))
+    seconds, calls = run.clock() - start, len(ddpm.times(cfg.steps, cfg.skip))
     run.output(save_grid, x[:64], "samples.png")
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:

@@ -6,8 +6,6 @@
     python sample.py n=2048 metrics=true figures=true    FID and the other scores; two more pictures
 """
 
-import time
-
 import torch
 
 from model import VDM, Network
@@ -18,9 +16,9 @@ def main(argv=None):
     run = Run(__file__, argv)
     cfg = run.config.sample
     vdm, net = load(run, run.weights())                 # the file carries its network's configuration
-    start = time.perf_counter()
+    start = run.clock()
     x = draw(vdm, net, cfg.n, cfg.steps, run.generator(), cfg.batch)
-    seconds = time.perf_counter() - start
+    seconds = run.clock() - start
     run.output(save_grid, x[:64], "samples.png")
     print(f"{cfg.n} digits, {cfg.steps} network calls each, in {seconds:.1f} s")
     if cfg.npz:

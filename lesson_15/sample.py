@@ -7,8 +7,6 @@
     python sample.py clip=false start=-10                x_0 not clipped, from a log-SNR from which that is possible
 """
 
-import time
-
 import torch
 
 from model import DDPM, UNet, guided
@@ -21,9 +19,9 @@ def main(argv=None):
     ddpm, net, null = load(run, run.weights())
     c, times = wanted(cfg.labels, cfg.n, null).to(run.device), ddpm.times(cfg.steps, cfg.start)
 
-    start = time.perf_counter()
+    start = run.clock()
     x = draw(ddpm, net, c, null, times, cfg.guidance, run.generator(), cfg.clip, cfg.batch)
-    seconds, calls = time.perf_counter() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
+    seconds, calls = run.clock() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
     run.output(save_grid, x[:60], "samples.png", columns=10)
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:

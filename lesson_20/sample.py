@@ -5,8 +5,6 @@
     python sample.py n=2048 metrics=true figures=true    FID; the denoiser by sigma, the same start with more churn
 """
 
-import time
-
 import torch
 
 from model import EDM, UNet
@@ -22,9 +20,9 @@ def main(argv=None):
     if cfg.churn and (cfg.solver, cfg.schedule) != ("heun", "edm"):
         raise UserError(f"churn={cfg.churn:g} is Algorithm 2, which needs solver=heun schedule=edm")
     calls = cfg.steps if cfg.solver == "euler" else 2 * cfg.steps - 1
-    start = time.perf_counter()
+    start = run.clock()
     x = draw(edm, net, cfg.n, cfg.seed, cfg.batch, sigmas, **how)
-    seconds = time.perf_counter() - start
+    seconds = run.clock() - start
     run.output(save_grid, x[:64], "samples.png")
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:

@@ -8,8 +8,6 @@
     python sample.py n=2048 metrics=true                 FID and the other scores
 """
 
-import time
-
 import torch
 
 from model import RectifiedFlow, UNet
@@ -23,9 +21,9 @@ def main(argv=None):
     if cfg.noise and cfg.solver != "euler":
         raise UserError(f"noise={cfg.noise:g} is a sampler of its own: leave out solver={cfg.solver}")
     flow, net = load(run, path, cfg.model)
-    z0, begin = starts(cfg.source, cfg.n, cfg.seed).to(run.device), time.perf_counter()
+    z0, begin = starts(cfg.source, cfg.n, cfg.seed).to(run.device), run.clock()
     x, calls = draw(flow, net, z0, cfg)
-    seconds = time.perf_counter() - begin
+    seconds = run.clock() - begin
     run.output(save_grid, x[:64], "samples.png")
     print(f"{len(x)} digits of {cfg.model}, network calls each: {calls}, in {seconds:.1f} s")
     if cfg.npz:

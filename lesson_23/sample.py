@@ -6,8 +6,6 @@
     python sample.py n=2048 metrics=true                 accuracy, FID and the other scores
 """
 
-import time
-
 import torch
 
 from model import IDDPM, DiT, guided
@@ -20,9 +18,9 @@ def main(argv=None):
     ddpm, net, null = load(run, run.weights())
     c = wanted(cfg.labels, cfg.n, null).to(run.device)
 
-    start = time.perf_counter()
+    start = run.clock()
     x = draw(ddpm, net, c, null, cfg.steps, cfg.guidance, run.generator(), cfg.clip, cfg.batch)
-    seconds, calls = time.perf_counter() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
+    seconds, calls = run.clock() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
     run.output(save_grid, x[:60], "samples.png", columns=10)
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:

@@ -7,8 +7,6 @@
     python sample.py n=2048 metrics=true                    how the captions of test images are followed; FID
 """
 
-import time
-
 import torch
 
 from model import MMDiT, RectifiedFlow, for_encoders, guided
@@ -29,9 +27,9 @@ def main(argv=None):
     digit = torch.tensor([captions.read_caption(text)[0]["digit"] if text else -1 for text in texts])    # -1: none
     grid, n = flow.grid(cfg.steps, cfg.shift, cfg.official), torch.randn(cfg.n, 1, 28, 28, generator=run.generator())
 
-    start = time.perf_counter()
+    start = run.clock()
     x = draw(flow, net, words, texts, n, grid, cfg.guidance, cfg.encoders, cfg.batch)
-    seconds, calls = time.perf_counter() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
+    seconds, calls = run.clock() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
     run.output(save_grid, x[:90], "samples.png", columns=10)
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s; the first: {texts[0]!r}")
     if cfg.npz:

@@ -7,8 +7,6 @@
     python sample.py n=2048 metrics=true                    FID; how the captions of test images are followed
 """
 
-import time
-
 import torch
 
 from model import Flux, RectifiedFlow, given, guided
@@ -30,9 +28,9 @@ def main(argv=None):
     texts = (texts * -(-cfg.n // len(texts)))[:cfg.n]
     digit = torch.tensor([read_caption(text)[0]["digit"] if text else -1 for text in texts])        # -1: none
 
-    start = time.perf_counter()
+    start = run.clock()
     x = draw(flow, net, words, texts, cfg, run.generator())
-    seconds, calls = time.perf_counter() - start, cfg.steps * passes(cfg)
+    seconds, calls = run.clock() - start, cfg.steps * passes(cfg)
     run.output(save_grid, x[:90], "samples.png", columns=10)
     print(f"{cfg.n} digits of the {cfg.model}, {calls} network calls each, in {seconds:.1f} s; the first: {texts[0]!r}")
     if cfg.npz:

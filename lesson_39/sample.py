@@ -8,7 +8,6 @@
     python sample.py bits=200                            the likelihood of test images, in bits per dimension
 """
 
-import time
 
 import torch
 
@@ -23,9 +22,9 @@ def main(argv=None):
     flow = FlowMatching(**weights.config["flow"])
     flow, net = run.place(flow, weights.load(UNet(**weights.config["unet"])))
 
-    start = time.perf_counter()
+    start = run.clock()
     x, calls = draw(flow, net, noise(cfg.n, run), cfg.batch, cfg.solver, cfg.steps, cfg.tolerance)
-    seconds = time.perf_counter() - start
+    seconds = run.clock() - start
     run.output(save_grid, x[:64], "samples.png")
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:

@@ -7,8 +7,6 @@
     python sample.py figures=true                        the error by time, the nearest training images
 """
 
-import time
-
 import torch
 
 from model import DDPM, UNet, error_by_time
@@ -25,9 +23,9 @@ def main(argv=None):
     ddpm, net = run.place(ddpm, net)
     generator = run.generator()
 
-    start = time.perf_counter()
+    start = run.clock()
     x = draw(ddpm, net, cfg.n, cfg.steps, generator, cfg.clip, cfg.batch)
-    seconds = time.perf_counter() - start
+    seconds = run.clock() - start
     run.output(save_grid, x[:64], "samples.png")
     print(f"{cfg.n} digits, {cfg.steps} network calls each, in {seconds:.1f} s")
     if cfg.npz:

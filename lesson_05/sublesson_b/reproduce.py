@@ -14,7 +14,6 @@ which should do harm at the largest depth, where nothing but noise is left.
 
 import math
 import statistics
-import time
 
 import torch
 
@@ -80,7 +79,7 @@ def measure(run, what, t, seed):
     ddpm, net = run.place(Interpolation(**weights.config["ddpm"]), weights.load(UNet(**weights.config["unet"])))
     n = cfg.keep if what == ALONE else cfg.n
     x0, y0, x_label, y_label = pairs(n, seed)
-    start, generator = time.perf_counter(), seeded(seed)
+    start, generator = run.clock(), seeded(seed)
     images = []
     for a, b in zip(x0.to(run.device).split(128), y0.to(run.device).split(128)):
         if what == BLEND:
@@ -92,7 +91,7 @@ def measure(run, what, t, seed):
             images += list(ddpm.between(net, a, b, [lam], t, rule, cfg.sample_steps, generator=generator))
     x = torch.cat(images).cpu()
     digit, confidence = classify(x)
-    row = {"seconds": time.perf_counter() - start}
+    row = {"seconds": run.clock() - start}
     if what == ALONE:
         share = lambda labels: torch.bincount(labels, minlength=10) / n
         return row | {"kept": float((digit == x_label).float().mean()), "chance": float(share(digit) @ share(x_label))}

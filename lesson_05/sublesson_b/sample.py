@@ -7,8 +7,6 @@
     python sample.py figures=true                   a pair at every depth, a pair under every rule
 """
 
-import time
-
 import torch
 
 from model import RULES, Interpolation, UNet
@@ -29,10 +27,10 @@ def main(argv=None):
         return ddpm.between(net, x0.to(run.device), y0.to(run.device), lams, t, rule, steps, cfg.clip,
                             run.generator(seed)).cpu()
 
-    start = time.perf_counter()
+    start = run.clock()
     batches = enumerate(zip(x0.split(cfg.batch), y0.split(cfg.batch)))
     x = torch.cat([way(a, b, [0.5], seed=i)[0] for i, (a, b) in batches])
-    seconds, calls = time.perf_counter() - start, len(ddpm.times(t, steps)) - 1
+    seconds, calls = run.clock() - start, len(ddpm.times(t, steps)) - 1
     print(f"{cfg.n} pairs mixed at t = {t}, {calls} network calls each, in {seconds:.1f} s")
     few = strip(x0[:8], y0[:8], way(x0[:8], y0[:8], [i / 8 for i in range(9)]))
     run.output(save_strip, few, "samples.png")

@@ -6,8 +6,6 @@
     python sample.py n=2000 metrics=true                    how the captions of test images are followed; FID
 """
 
-import time
-
 import torch
 
 from model import DDPM, UNet, guided
@@ -28,9 +26,9 @@ def main(argv=None):
     words(texts)                                        # an error if there is one that the network has not learned
     digit = torch.tensor([read_caption(text)[0]["digit"] if text else -1 for text in texts])        # -1: none
 
-    start = time.perf_counter()
+    start = run.clock()
     x = draw(ddpm, net, words, texts, cfg.steps, cfg.guidance, run.generator(), cfg.batch)
-    seconds, calls = time.perf_counter() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
+    seconds, calls = run.clock() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
     run.output(save_grid, x[:90], "samples.png", columns=10)
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s; the first: {texts[0]!r}")
     if cfg.npz:
