@@ -87,7 +87,8 @@ def headline(results):
     if results.get("headline"):
         return results["headline"]
     scored = [entry for name, entry in results.items() if re.match("sample(?!.*_gpu$)", name)
-              and isinstance(entry, dict) and all(entry.get(key) is not None for key in ("fid", "fid_floor", "n", "nfe"))]
+              and isinstance(entry, dict)
+              and all(entry.get(key) is not None for key in ("fid", "fid_floor", "n", "nfe"))]
     if not scored:
         return NOTHING
     best = min(scored, key=lambda entry: (-entry["n"], entry["fid"]))
