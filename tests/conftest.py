@@ -38,7 +38,8 @@ def group(nodeid):
     file = Path(path).stem
     if file in PROCESSES:
         return "processes"                             # early, and never beside each other
-    pattern, where = {"test_lessons": (r"\[()(\d\d[a-z]?)[-\]]", test),
+    of_lesson = (r"\[()(\d\d[a-z]?)[-\]]", test)
+    pattern, where = {"test_lessons": of_lesson, "test_fakegpu": of_lesson,
                       "test_tools_notebook": (r"\[lesson_(\d\d)(?:/sublesson_)?([a-z]?)\]$", test),
                       }.get(file, (r"^test_(?:lesson|claims)_()(\d\d[a-z]?)$", file))
     match = re.search(pattern, where)
@@ -187,8 +188,10 @@ def serve():
     import accelerate  # noqa: F401
     import IPython.core.interactiveshell  # noqa: F401   for the cells of notebooks
     import matplotlib.backends.backend_agg  # noqa: F401
+    import matplotlib.figure  # noqa: F401
     import safetensors.torch  # noqa: F401
     import torch._dynamo  # noqa: F401                   the first optimizer of a process imports it
+    import torchdiffeq  # noqa: F401
 
     from utils.data import mnist_folder
 

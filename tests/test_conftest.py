@@ -50,6 +50,7 @@ def test_lessons_do_not_see_each_others_modules(tmp_path):
 @pytest.mark.parametrize("nodeid, name", [
     ("tests/test_lesson_05.py::test_a[x]", "lesson 05"), ("tests/test_claims_05a.py::test_b", "lesson 05a"),
     ("tests/test_lessons.py::test_c[05a-model.py]", "lesson 05a"), ("tests/test_lessons.py::test_c[05]", "lesson 05"),
+    ("tests/test_fakegpu.py::test_g[05a]", "lesson 05a"), ("tests/test_fakegpu.py::test_h", "test_fakegpu"),
     ("tests/test_lessons.py::test_d[config.py]", "test_lessons"), ("tests/test_lessons.py::test_e", "test_lessons"),
     ("tests/test_tools_notebook.py::test_f[lesson_05/sublesson_a]", "lesson 05a"),
     ("tests/test_tools_notebook.py::test_f[lesson_05]", "lesson 05"),
