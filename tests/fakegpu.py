@@ -12,6 +12,7 @@ sums are those of fp32; the GradScaler of fp16, its steps and its state are the 
 makes: what a function of torch does inside is not looked at.
 """
 
+import itertools
 import os
 import sys
 import weakref
@@ -272,14 +273,15 @@ def install(report=None, capability=(7, 5)):
 
 
 def watch(mode):
-    """Let the lines of the report begin with the step of `run.steps` that is done."""
+    """Let the lines of the report begin with the step that is done: "2.40" is step 40, in the second loop."""
     from utils.run import Run
 
-    steps = Run.steps
+    steps, loops = Run.steps, itertools.count(1)
 
     def watched(self, *args, **kwargs):
+        loop = next(loops)
         for step, batch in steps(self, *args, **kwargs):
-            mode.step = step
+            mode.step = f"{loop}.{step}"
             yield step, batch
         mode.step = "-"
 
@@ -309,9 +311,9 @@ def waits(report):
 
 
 def every_step(report):
-    """["what, file:line"] of the waits that more than one step of a training had."""
+    """["what, file:line"] of the waits that more than one step of a loop had."""
     steps = {}
     for step, what, place in waits(report):
         if step != "-":
-            steps.setdefault(f"{what}, {place}", set()).add(step)
-    return sorted(wait for wait, seen in steps.items() if len(seen) > 1)
+            steps.setdefault((f"{what}, {place}", step.split(".")[0]), set()).add(step)
+    return sorted({wait for (wait, _), seen in steps.items() if len(seen) > 1})
