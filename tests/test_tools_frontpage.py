@@ -212,7 +212,7 @@ def test_t4_column_holds_t4_minutes_only(root, entry, cell):
 def test_headline_is_made_from_the_scores(root):
     few = {"fid": 3.456, "fid_floor": 0.151, "n": 2048, "nfe": 10}
     many = {"fid": 1.234, "fid_floor": 0.152, "n": 2048, "nfe": 1000}
-    publish(root, sample_10=few, sample_1000=many, sample_10_gpu=many | {"fid": 0.9},         # not the published weights'
+    publish(root, sample_10=few, sample_1000=many, sample_10_gpu=many | {"fid": 0.9},  # not the published weights'
             sample_50={"fid": 0.1},                    # lacks n and floor
             claim={**few, "fid": 0.1})                                         # an arm is not the lesson's result
     assert rows(frontpage.lessons_table(root))[0][5] == "FID 1.23 (floor 0.15; n = 2,048; 1,000 network calls)"
