@@ -710,7 +710,7 @@ def test_velocity_is_one_pass_at_w_or_two_that_w_combines():
 
 def test_one_pass_and_two_draw_the_same_captions_from_the_same_noise(monkeypatch):
     seen, cfg = [], Section(n=100, sample_steps=20, held_out=160)
-    run = Section(config=Section(reproduce=cfg, sample=Section(batch=128, guidance=3.0)))
+    run = Section(clock=lambda: 0.0, config=Section(reproduce=cfg, sample=Section(batch=128, guidance=3.0)))
     monkeypatch.setattr(reproduce, "network", lambda run, model="student": (None, model, None))
     monkeypatch.setattr(reproduce, "draw", lambda flow, net, words, said, how, generator: seen.append(
         (net, how.model, how.guidance, how.steps, generator.initial_seed(), said)) or torch.zeros(len(said), 1, 28, 28))
