@@ -358,13 +358,13 @@ def plot_flow(_, path):
         density = (density / density.amax(1, keepdim=True)) ** 0.5
         x1 = sde.prior((10, 1), seeded(1))
         walk = [torch.cat([x for _, x, _ in sde.reverse(net, x1, 200, "euler_maruyama", generator=seeded(2))], 1)]
-        flow, here = [x1], x1
-        for a, b in zip(times.flip(0).tolist(), times.flip(0).tolist()[1:]):
+        flow, here, along = [x1], x1, torch.linspace(1, EPS, 50)
+        for a, b in zip(along.tolist(), along.tolist()[1:]):
             here = sde.solve(net, here, a, b, 1e-5, 1e-5)
             flow.append(here)
         stops = torch.linspace(1, sde.sampling_eps, 200)
         for row, (t, lines, name) in enumerate(((stops, torch.cat([x1, walk[0][:, :-1]], 1), "reverse SDE"),
-                                                (times.flip(0), torch.cat(flow, 1), "probability-flow ODE"))):
+                                                (along, torch.cat(flow, 1), "probability-flow ODE"))):
             ax = axes[row][column]
             ax.imshow(density.T, extent=(0, 1, -view, view), origin="lower", aspect="auto", cmap="Blues", vmax=1.4)
             for line in lines:
