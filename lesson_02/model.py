@@ -210,10 +210,10 @@ class DigitNet(nn.Module):
     channels  maps of the convolutions; layers: how many of them, at one position for 2 x 2 pixels
     width     of the dense path's hidden layers; depth: how many of them; maps: its outputs a pixel; bumps: J
     """
-    def __init__(self, channels=64, layers=4, width=192, depth=3, maps=2, bumps=10, size=28):
+    def __init__(self, channels=64, layers=4, width=192, depth=3, maps=2, bumps=10, image_size=28):
         super().__init__()
-        self.bumps, self.size = bumps, size
-        self.dense = dense(size ** 2, *[width] * depth, maps * size ** 2)
+        self.bumps, self.size, pixels = bumps, image_size, image_size ** 2
+        self.dense = dense(pixels, *[width] * depth, maps * pixels)
         widths = [4 * (1 + maps), *[channels] * layers]
         self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
         self.head = nn.Conv2d(channels, 4 * 2 * bumps, 1)

@@ -208,13 +208,16 @@ class ScoreNet(nn.Module):
     dilations  of each stage's convolutions; a stage with dilation 1, but for the first, halves the resolution
     blocks     residual blocks a stage
     patch      the image enters as patch x patch pixels a position (1: as in the paper)
+    image_size, image_channels   of the images
     """
 
     def __init__(self, levels=10, channels=(64, 128, 128, 128), dilations=(1, 1, 2, 4), blocks=2, patch=1,
-                 image_channels=1):
+                 image_size=28, image_channels=1):
         super().__init__()
         if len(channels) != len(dilations):
             raise ValueError(f"channels={channels} and dilations={dilations} must name the same stages")
+        if image_size % patch:
+            raise ValueError(f"image_size={image_size} cannot be split into patches of {patch}")
         self.levels, self.patch, c = levels, patch, channels[0]
         self.stem = conv(image_channels * patch ** 2, c)
         self.stages, self.refine = nn.ModuleList(), nn.ModuleList()

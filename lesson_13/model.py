@@ -89,8 +89,8 @@ class UNet(earlier.UNet):
     The other values are those of lesson 05.
     """
 
-    def __init__(self, fourier=(6, 7), gamma_min=-13.3, gamma_max=5.0, **unet):
-        super().__init__(c_in=1 + 2 * len(fourier), c_out=1, **unet)
+    def __init__(self, fourier=(6, 7), gamma_min=-13.3, gamma_max=5.0, image_channels=1, **unet):
+        super().__init__(image_channels=image_channels * (1 + 2 * len(fourier)), c_out=image_channels, **unet)
         self.fourier, self.gamma_min, self.gamma_max = fourier, gamma_min, gamma_max
 
     def embed(self, gamma):
@@ -98,7 +98,7 @@ class UNet(earlier.UNet):
         return super().embed(1000 * (gamma - self.gamma_min) / (self.gamma_max - self.gamma_min))
 
     def forward(self, z, gamma):
-        """z (B, 1, H, W), gamma (B,) -> the prediction of eps, (B, 1, H, W)."""
+        """z (B, C, H, W), gamma (B,) -> the prediction of eps, (B, C, H, W)."""
         out = self.body(fourier_features(z, self.fourier), self.embed(gamma))
         return z + out                                                      # at gamma_1 z is nearly the noise
 

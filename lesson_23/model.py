@@ -213,14 +213,18 @@ class DiT(nn.Module):
     patch              pixels along the side of a patch; a 28 x 28 image is (28 / patch)^2 tokens
     conditioning       how time and class enter the blocks: one of KINDS
     classes            the condition is 0 ... classes - 1, or `classes` for none
+    image_size, image_channels   of the images in training
     """
 
-    def __init__(self, dim=384, depth=12, heads=6, patch=2, conditioning="adaln-zero", classes=10, image_channels=1):
+    def __init__(self, dim=384, depth=12, heads=6, patch=2, conditioning="adaln-zero", classes=10, image_size=28,
+                 image_channels=1):
         super().__init__()
         if conditioning not in KINDS:
             raise ValueError(f"conditioning={conditioning!r} is none of {', '.join(KINDS)}")
         if dim % 4 or dim % heads:
             raise ValueError(f"dim={dim} must be a multiple of 4 (two sines, two cosines) and of heads={heads}")
+        if image_size % patch:
+            raise ValueError(f"image_size={image_size} cannot be split into patches of {patch}")
         self.patch, self.conditioning = patch, conditioning
         self.stem = linear(image_channels * patch ** 2, dim)
         self.time, self.label = TimestepEmbedder(dim), LabelEmbedder(classes, dim)

@@ -344,10 +344,10 @@ def make_fixture(diffusers):
 
 
 # ------------------------------------------------------------------ network
-@pytest.mark.parametrize("c_in, c_out, leaves", [(1, None, 1), (3, None, 3), (1, 2, 2), (5, 1, 1)])
-def test_channels_in_and_out(c_in, c_out, leaves):
-    net = UNet(**SMALL, c_in=c_in, c_out=c_out)
-    assert net(torch.randn(2, c_in, 28, 28), times(3, 900)).shape == (2, leaves, 28, 28)
+@pytest.mark.parametrize("enters, c_out, leaves", [(1, None, 1), (3, None, 3), (1, 2, 2), (5, 1, 1)])
+def test_channels_in_and_out(enters, c_out, leaves):
+    net = UNet(**SMALL, image_channels=enters, c_out=c_out)
+    assert net(torch.randn(2, enters, 28, 28), times(3, 900)).shape == (2, leaves, 28, 28)
 
 
 def test_a_subclass_changes_one_part_and_keeps_the_others():
@@ -373,7 +373,7 @@ def test_a_subclass_changes_one_part_and_keeps_the_others():
 
 def test_parameter_count_of_the_papers_cifar_network():
     with torch.device("meta"):
-        net = UNet(channels=128, mults=(1, 2, 2, 2), blocks=2, attention=(16,), image_size=32, c_in=3)
+        net = UNet(channels=128, mults=(1, 2, 2, 2), blocks=2, attention=(16,), image_size=32, image_channels=3)
     assert sum(p.numel() for p in net.parameters()) == 35_746_307
 
 

@@ -257,17 +257,17 @@ class UNet(nn.Module):
     blocks           residual blocks a level on the way down; one more on the way up
     attention        resolutions that get self-attention after every block
     patch            the image enters as patch x patch pixels a position (1: as in the paper)
-    c_in, c_out      channels of the images that enter and leave (c_out: by default as many as enter)
+    image_channels   of the images that enter; c_out: of those that leave, by default as many
     """
     def __init__(self, channels=128, mults=(1, 2, 2), blocks=2, attention=(14,), dropout=0.1, groups=32, patch=1,
-                 image_size=28, c_in=1, c_out=None):
+                 image_size=28, image_channels=1, c_out=None):
         super().__init__()
         if image_size % (patch * 2 ** (len(mults) - 1)):
             raise ValueError(f"image_size={image_size} cannot be split into patches of {patch} and halved for {mults}")
         self.channels, self.width, self.dropout, self.groups = channels, 4 * channels, dropout, groups
         self.patch, size, c = patch, image_size // patch, channels
         self.time = nn.Sequential(linear(c, self.width), nn.SiLU(), linear(self.width, self.width))
-        self.stem = conv(c_in * patch ** 2, c)
+        self.stem = conv(image_channels * patch ** 2, c)
         self.down, skips = nn.ModuleList(), [c]
         for i, mult in enumerate(mults):
             for _ in range(blocks):
@@ -288,7 +288,7 @@ class UNet(nn.Module):
                 self.up.append(Upsample(c))
                 size *= 2
         self.out = nn.Sequential(nn.GroupNorm(groups, c, eps=1e-6), nn.SiLU(),
-                                 conv(c, (c_out or c_in) * patch ** 2, zero=True))
+                                 conv(c, (c_out or image_channels) * patch ** 2, zero=True))
 
     def embed(self, t):
         """What every level is told: the time, as a vector (App. B). t (B,) -> (B, width)."""
