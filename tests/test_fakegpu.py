@@ -8,15 +8,14 @@ import os
 
 import pytest
 import torch
-import yaml
 
 from conftest import ROOT, load
 from fakegpu import FakeGPU, every_step, waits
+from tools import lineage
 from utils import config
 from utils.run import Run
 
-READY = {one["number"]: one["folder"] for one in yaml.safe_load((ROOT / "lessons.yaml").read_text(encoding="utf-8"))
-         if one["state"] == "ready"}
+READY = {one["number"]: one["folder"] for one in lineage.load_lessons(ROOT) if one["state"] == "ready"}
 CLAIMS = list(READY) if os.environ.get("FAKEGPU") == "all" else ["02", "23"]
 CHEAPER = {"04": ["sigma_1=50"], **dict.fromkeys(("05e", "32", "34"), ["captions.images=500"])}    # to build a network
 

@@ -30,7 +30,7 @@ from utils import UserError
 from utils.config import OVERLAYS
 
 ROOT = Path(__file__).resolve().parent.parent
-REGISTER = yaml.safe_load((ROOT / "lessons.yaml").read_text(encoding="utf-8"))
+REGISTER = lineage.load_lessons(ROOT)
 READY = [lesson for lesson in REGISTER if lesson["state"] == "ready"]
 SCRIPTS = ("train", "sample", "reproduce")
 SOURCES = ("model.py", "train.py", "sample.py", "reproduce.py")

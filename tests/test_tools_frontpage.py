@@ -19,7 +19,7 @@ RELEASES = {"14a", "14b"}
 # ---------------------------------------------------------------------------------------------- lessons.yaml
 
 def register():
-    return yaml.safe_load((ROOT / "lessons.yaml").read_text(encoding="utf-8"))
+    return frontpage.register(ROOT)["lessons"]
 
 
 def problems(lessons):
@@ -143,6 +143,10 @@ README = "".join(f"# {name}\n<!-- frontpage:{name}:start -->\nOUTDATED\n<!-- fro
                  for name in frontpage.PARTS) + "the end\n"
 
 
+def dump(root, lessons):
+    (root / "lessons.yaml").write_text(yaml.safe_dump({"repository": "some-one/a.course", "lessons": lessons}))
+
+
 @pytest.fixture
 def root(tmp_path):
     lessons = [
@@ -152,7 +156,7 @@ def root(tmp_path):
         lesson("03a", date="2022-01", parents=["03"]),
         lesson("10", parents=["03"], state="planned"),
     ]
-    (tmp_path / "lessons.yaml").write_text(yaml.safe_dump(lessons), encoding="utf-8")
+    dump(tmp_path, lessons)
     (tmp_path / "README.md").write_text(README, encoding="utf-8")
     results = tmp_path / "lesson_03" / "results"
     results.mkdir(parents=True)
@@ -240,7 +244,7 @@ def test_roadmap(root):
 
 def test_nothing_finished_or_nothing_planned(root):
     for state, function in (("planned", frontpage.lessons_table), ("ready", frontpage.roadmap_table)):
-        (root / "lessons.yaml").write_text(yaml.safe_dump([lesson("01", state=state)]))
+        dump(root, [lesson("01", state=state)])
         assert "|" not in function(root)
 
 
@@ -285,6 +289,33 @@ def test_stale_readme_is_caught(root, change):
     frontpage.main([], root)
     change(root)
     assert frontpage.main(["--check"], root) == 1
+
+
+def test_the_repository_is_renamed_wherever_it_is_named(root, capsys):
+    notebook, page = root / "lesson_03/sublesson_a/notebook.ipynb", root / "lesson_03/README.md"
+    notebook.parent.mkdir()
+    notebook.write_text('{"a": "https://github.com/some-one/a.course.git", "b": "/some-one/a.course-2"}')
+    page.write_text("[code](https://github.com/some-one/a.course/tree/main), [other](handsome-one/a.course)\n")
+    assert frontpage.main(["--repository", "else/the.fork"], root) == 0
+    assert frontpage.register(root)["repository"] == "else/the.fork" and len(frontpage.load_lessons(root)) == 5
+    assert notebook.read_text() == '{"a": "https://github.com/else/the.fork.git", "b": "/some-one/a.course-2"}'
+    assert page.read_text() == "[code](https://github.com/else/the.fork/tree/main), [other](handsome-one/a.course)\n"
+    assert capsys.readouterr().out.split() == [word for path in (
+        "lessons.yaml", "lesson_03/README.md", "lesson_03/sublesson_a/notebook.ipynb") for word in (path, "rewritten")]
+    for bad in ("fork", "a/b/c", "https://github.com/a/b", "a /b"):
+        with pytest.raises(SystemExit, match="owner/name"):
+            frontpage.main(["--repository", bad], root)
+
+
+def test_the_name_of_the_repository_stands_only_where_it_is_renamed():
+    folders = [ROOT, *ROOT.glob("lesson_*"), *ROOT.glob("lesson_*/sublesson_*"), ROOT / "utils", ROOT / "tools",
+               ROOT / "tests"]
+    files = [path for folder in folders for path in folder.iterdir()
+             if path.suffix in (".py", ".md", ".ipynb", ".yaml", ".toml", ".txt") or path.name == "Makefile"]
+    named = {path.relative_to(ROOT).as_posix() for path in files
+             if frontpage.REPOSITORY in path.read_text(encoding="utf-8")}
+    assert {"lessons.yaml", "README.md", "lesson_05/README.md", "lesson_05/notebook.ipynb"} <= named
+    assert not [name for name in named if not name.endswith((".md", "notebook.ipynb")) and name != "lessons.yaml"]
 
 
 @pytest.mark.parametrize("marker", ["<!-- frontpage:map:start -->", "<!-- frontpage:map:end -->"])

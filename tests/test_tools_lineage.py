@@ -44,7 +44,7 @@ LESSONS = [entry("01"), entry("02", "01"), entry("03", "02", "01"), entry("01a",
 
 def write(root, files, lessons=LESSONS):
     """Write lessons; a lesson with a parent gets a README with an empty table."""
-    (root / "lessons.yaml").write_text(yaml.safe_dump(lessons))
+    (root / "lessons.yaml").write_text(yaml.safe_dump({"lessons": lessons}))
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -615,7 +615,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(tmp_path, capsys, argv):
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("register", [None, "- a: [\n"])
+@pytest.mark.parametrize("register", [None, "lessons: [\n", "- number: 1\n", "repository: a/b\n"])
 def test_a_missing_or_broken_register_is_one_line(tmp_path, capsys, register):
     if register:
         (tmp_path / "lessons.yaml").write_text(register)

@@ -77,9 +77,9 @@ def test_the_folder_is_made_from_the_parent(root, capsys):
 
 
 def test_a_long_title_takes_two_lines(root):
-    lessons = yaml.safe_load((root / "lessons.yaml").read_text())
-    lessons[3]["title"] = "A title " * 20
-    (root / "lessons.yaml").write_text(yaml.safe_dump(lessons))
+    register = yaml.safe_load((root / "lessons.yaml").read_text())
+    register["lessons"][3]["title"] = "A title " * 20
+    (root / "lessons.yaml").write_text(yaml.safe_dump(register))
     assert main(["03"], root) == 0
     first, second, empty, *_ = (root / "lesson_03/model.py").read_text().split("\n")
     assert first.startswith('"""Name03: A title') and second.endswith("(TODO: authors 2020).") and not empty
@@ -132,7 +132,8 @@ def test_what_is_amiss_with_the_parent_is_told(root, capsys):
 def test_a_child_of_lesson_05_trains_and_draws(tmp_path, monkeypatch, capsys):
     register = yaml.safe_load((ROOT / "lessons.yaml").read_text(encoding="utf-8"))
     child = {**entry("98", "05", state="planned"), "paper": "https://arxiv.org/abs/2405.01234v2", "date": "2024-05"}
-    (tmp_path / "lessons.yaml").write_text(yaml.safe_dump([*register, child]))
+    register["lessons"].append(child)
+    (tmp_path / "lessons.yaml").write_text(yaml.safe_dump(register))
     for folder in ("lesson_01", "lesson_02", "lesson_05"):
         shutil.copytree(ROOT / folder, tmp_path / folder,
                         ignore=shutil.ignore_patterns("results", "runs", "sublesson_*", "__pycache__", "*.ipynb"))

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import yaml
 
-from tools import notebook
+from tools import lineage, notebook
 from tools.frontpage import REPOSITORY
 from tools.notebook import ROOT, NotebookError, build, check, execute, main
 
@@ -434,8 +433,7 @@ def test_a_readme_without_markers(root):
 
 
 # ---------------------------------------------------------------------- the real lessons
-READY = {lesson["folder"] for lesson in yaml.safe_load((ROOT / "lessons.yaml").read_text(encoding="utf-8"))
-         if lesson["state"] == "ready"}
+READY = {lesson["folder"] for lesson in lineage.load_lessons(ROOT) if lesson["state"] == "ready"}
 
 
 BUILT = [name for name in notebook.lessons(ROOT) if (ROOT / name / "notebook.ipynb").exists()]

@@ -19,7 +19,7 @@ def checkouts(tmp_path):
         root = tmp_path / name
         folder = root / "lesson_05"
         (folder / "results").mkdir(parents=True)
-        (root / "lessons.yaml").write_text('- {number: "05", folder: lesson_05, parents: [], state: ready}\n')
+        (root / "lessons.yaml").write_text('lessons: [{number: "05", folder: lesson_05, parents: [], state: ready}]\n')
         (folder / "model.py").write_text(MODEL.format(body))
         (folder / "train.py").write_text('"""Train."""\n')
         (folder / "sample.py").write_text('"""Sample."""\n')

@@ -3,6 +3,8 @@
     python -m tools.frontpage            rewrite the parts between the markers
     python -m tools.frontpage --check    change nothing; exit 1 when README.md is stale
     python -m tools.frontpage --stale    list results measured with code that has changed since
+    python -m tools.frontpage --repository owner/name    the course has moved to there: rename it in lessons.yaml, in
+                                         every badge, link and notebook
 
 A generated part stands between `<!-- frontpage:NAME:start -->` and `<!-- frontpage:NAME:end -->`;
 NAME is `lessons`, `roadmap` or `map`. Everything outside the markers is left alone.
@@ -13,14 +15,10 @@ import re
 import sys
 from pathlib import Path
 
-import yaml
-
-from tools.lineage import mermaid
+from tools.lineage import mermaid, register
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# The repository on GitHub. The links to Colab and those in the map are made from it; a fork changes it here.
-REPOSITORY = "zero-to-hero/diffusion-models"
+REPOSITORY = register(ROOT)["repository"]               # on GitHub; every link to it is made from this
 
 NOTHING = "—"
 NOT_MEASURED = "not yet measured"
@@ -34,8 +32,7 @@ def number_key(number):
 
 def load_lessons(root=ROOT):
     """The entries of lessons.yaml in the order of their numbers."""
-    entries = yaml.safe_load((root / "lessons.yaml").read_text(encoding="utf-8"))
-    return sorted(entries, key=lambda lesson: number_key(lesson["number"]))
+    return sorted(register(root)["lessons"], key=lambda lesson: number_key(lesson["number"]))
 
 
 def load_results(root, folder):
@@ -183,14 +180,32 @@ def stale_results(root=ROOT, code_hash=None):
     return lines
 
 
+def rename(root, new):
+    """Write another name of the repository wherever the present one stands. Returns the files that were changed."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", new):
+        raise SystemExit(f"error: --repository takes owner/name, as in github.com/owner/name, not {new!r}")
+    pattern, changed = re.compile(rf"(?<![\w.-]){re.escape(register(root)['repository'])}(?![\w-])"), []
+    for path in [root / "lessons.yaml", *root.glob("*.md"), *root.glob("lesson_*/**/README.md"),
+                 *root.glob("lesson_*/**/notebook.ipynb")]:
+        text = path.read_text(encoding="utf-8")
+        if text != (text := pattern.sub(new, text)):
+            path.write_text(text, encoding="utf-8", newline="\n")
+            changed.append(path.relative_to(root).as_posix())
+    return changed
+
+
 def main(argv=None, root=ROOT):
     parser = argparse.ArgumentParser(prog="python -m tools.frontpage", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--check", action="store_true", help="change nothing; exit 1 when README.md is stale")
     which.add_argument("--stale", action="store_true", help="list results measured with other code; exit 1 if any")
+    which.add_argument("--repository", metavar="owner/name", help="rename the repository in all that names it")
     args = parser.parse_args(argv)
 
+    if args.repository:
+        print("\n".join(f"{path} rewritten" for path in rename(root, args.repository)) or "nothing to rename")
+        return 0
     if args.stale:
         lines = stale_results(root)
         print("\n".join(lines) if lines else "every recorded result belongs to the present code")

@@ -112,14 +112,23 @@ class House:
         return next((entry for entry in self.lessons if entry["number"] in lesson["parents"][:1]), None)
 
 
-def load_lessons(root):
-    """The entries of lessons.yaml."""
+def register(root):
+    """lessons.yaml: the name of the repository and the lessons."""
     try:
-        return yaml.safe_load((root / "lessons.yaml").read_text(encoding="utf-8")) or []
+        text = (root / "lessons.yaml").read_text(encoding="utf-8")
+        found = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except FileNotFoundError:
         raise Mistake(f"there is no lessons.yaml in {root}") from None
     except yaml.YAMLError as error:
         raise Mistake(f"lessons.yaml: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("lessons"), list):
+        raise Mistake("lessons.yaml must hold `lessons:` and below it their entries")
+    return found
+
+
+def load_lessons(root):
+    """The entries of lessons.yaml."""
+    return register(root)["lessons"]
 
 
 def load(root):
