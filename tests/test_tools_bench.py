@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from conftest import SCRIPTS
-from tools import bench
+from tools import bench, scaling
 from utils import UserError, cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,3 +234,25 @@ def test_help_names_every_key(capsys):
 
 def test_as_a_command(launch):
     assert launch("tools/bench.py", "lesson_05", "n=1").error() == "error: n=1: write 100 or more"
+
+
+# ------------------------------------------------------------------ scaling
+def test_scaling_measures_every_way_idle_and_beside_a_busy_process(monkeypatch, capsys):
+    asked, busy = [], []
+    monkeypatch.setattr(scaling.subprocess, "Popen", lambda command: busy.append(Busy()) or busy[0])
+    monkeypatch.setattr(scaling, "images_per_second",
+                        lambda folder, argv: asked.append(argv) or 10 * len(asked) - 5 * len(busy))
+    bench.main(["lesson_05", "scaling=true", "smoke=true"])
+    assert [argv[-1] for argv in asked] == ["threads=1", "threads=2", "processes=2"] * 2
+    assert all({"device=cpu", "smoke=true", "steps=12"} <= set(argv) for argv in asked) and busy[0].ended == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["1", "thread", "10", "35"] and lines[3].split()[-2:] == ["30", "55"]
+
+
+class Busy:
+    ended = 0
+
+    def kill(self):
+        self.ended += 1
+
+    wait = kill

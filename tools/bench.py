@@ -1,6 +1,7 @@
 """How fast a lesson is, and how good its samples are after so many seconds of training on a CPU.
 
     python -m tools.bench lesson_05                       speed, memory, and the FID after 60, 120 and 300 s
+    python -m tools.bench lesson_05 scaling=true        images a second: one thread, two, two processes; a busy core
     python -m tools.bench lesson_05 against=diffusers,denoising-diffusion-pytorch    pip install -e '.[reference]'
 
 More keys: budgets=60,120,300 (seconds), n=2048 (samples of a FID), threads=1, seed=0, speed_steps=40 (the speed is
@@ -31,20 +32,21 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tools import scaling
 from utils import UserError, cli, code_hash, config, digits, fid_to_test, figure, floor, save_figure, write_json
 from utils.device import auto_precision, device_name
 from utils.files import ROOT
 
 OPTIONS = {"budgets": "60,120,300", "n": 2048, "threads": 1, "seed": 0, "against": "", "speed_steps": 40,
-           "runs": "runs/bench", "publish": False, "smoke": False}
+           "runs": "runs/bench", "publish": False, "smoke": False, "scaling": False}
 SMOKE = {"budgets": "0.1,0.4", "n": 100, "speed_steps": 3}
 LEAST = {"n": 100, "threads": 1, "speed_steps": 2, "seed": 0}
 
 
 def keys(o, runs, steps=None):
     """Arguments for the lesson's sample.py or, with steps, for a train.py that does nothing but train. o: options."""
-    common = [*["smoke=true"] * o.smoke, "gpu=false", "device=cpu", f"precision={auto_precision('cpu')}",
-              f"threads={o.threads}", f"seed={o.seed}", f"runs={runs}"]
+    common = [*["smoke=true"] * o.smoke, *["processes=1"] * bool(steps), "gpu=false", "device=cpu",
+              f"precision={auto_precision('cpu')}", f"threads={o.threads}", f"seed={o.seed}", f"runs={runs}"]
     known = config.load(o.folder / "config.yaml", "train").train.keys() if steps else ()
     return common + [f"{k}={v}" for k, v in dict(steps=steps, preview_every=0, save_every=0).items() if k in known]
 
@@ -224,6 +226,9 @@ def main(argv=None):
     if {"-h", "--help"} & set(argv):
         return print(__doc__)
     o = parse(argv)
+    if o.scaling:
+        argv = ["device=cpu", f"seed={o.seed}", f"steps={4 * o.speed_steps}", *["smoke=true"] * o.smoke]
+        return print(scaling.table(scaling.measure(o.folder, argv)))
     torch.set_num_threads(o.threads)
     sys.path.insert(0, str(o.folder))                  # as `python train.py` does
     train, sample = import_module("train"), import_module("sample")

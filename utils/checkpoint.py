@@ -19,7 +19,8 @@ from .weights import fill, state_of
 
 FORMAT = "zero-to-hero checkpoint 1"
 NEEDED = {"lesson", "config", "step", "seconds", "states", "scaler", "random", "random_cuda"}
-FREE = ("runs", "publish", "resume", "gpu", "preview_every", "save_every", "log_every")    # may change on --resume
+FREE = ("runs", "publish", "resume", "gpu", "preview_every", "save_every", "log_every",    # may change on --resume
+        "processes")
 TOLD = ("steps", "lr", "device", "precision", "threads")                   # too, but that is told and recorded
 
 

@@ -37,6 +37,7 @@ COMMON = {
     "smoke": (False, "tiny sizes, for the tests: lays the section `smoke` over the others"),
     "gpu": ("auto", "true|false|auto: lay the section `gpu` over the others; auto: when CUDA is found"),
 }
+TRAIN = {"processes": (1, "auto|>=1: processes of one thread each on a CPU; auto: 2 where it has the cores")}
 QUICK = {"quick": (False, "a quick look: lays the section `quick` over the others")}
 
 
@@ -90,7 +91,7 @@ def read_bounds(path):
     """The bounds that stand in the comments of a config.yaml: {(section, key): Bound}; those of COMMON included."""
     found = {(section, key): bound for section, key, _, comment in _lines(path)
              if section not in OVERLAYS and key and (bound := bounds.split(comment)[0])}
-    common = {(section, key): bound for section in SCRIPTS for key, (_, comment) in COMMON.items()
+    common = {(section, key): bound for section in SCRIPTS for key, (_, comment) in (COMMON | TRAIN).items()
               if (bound := bounds.split(comment)[0])}
     return common | found
 
@@ -105,7 +106,7 @@ def load(path, section, argv=(), cuda=False, quiet=False):
     """
     values = read(path)
     overlays = {name: values.pop(name, {}) for name in OVERLAYS}
-    common = COMMON | (QUICK if overlays["quick"] else {})
+    common = COMMON | (TRAIN if section == "train" else {}) | (QUICK if overlays["quick"] else {})
     values[section] = {key: default for key, (default, _) in common.items()} | values.get(section, {})
     if {"-h", "--help"} & set(argv):
         print(help_text(path, section, common))

@@ -74,8 +74,8 @@ def auto_precision(device):
     return "bf16" if fast_bf16() else "fp32"
 
 
-def device_name(device="cpu"):
-    """A short name such as "2 CPU cores (AMD EPYC)" or "Tesla T4"."""
+def device_name(device="cpu", processes=1):
+    """A short name such as "2 CPU cores (AMD EPYC)" or "Tesla T4", for so many processes like this one."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -86,7 +86,9 @@ def device_name(device="cpu"):
                 break
     except OSError:
         pass
-    cores = min(torch.get_num_threads(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 10**6)
+    cores = processes * torch.get_num_threads()
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
     return f"{cores} CPU core{'s' * (cores > 1)} ({model})"
 
 

@@ -52,11 +52,15 @@ def cli(main):
     So do a disk that cannot be used, and a ValueError that a lesson's model.py (or its earlier.py) raises, or that a
     layer raises while model.py builds its network: both are about a value of the configuration.
     """
+    from . import launch
+
+    launch.command(main.__globals__["__file__"])
     if hasattr(sys.stdout, "reconfigure"):             # a terminal that knows no umlauts gets a question mark
         sys.stdout.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()
+        launch.close(wait=60)
     except BrokenPipeError:                            # as of `train.py | head -1`
         mute()
         sys.exit(141)
@@ -67,7 +71,7 @@ def cli(main):
             raise
         fail(user_error)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-        if line := _foreign(error):
+        if line := _foreign(error) or launch.lost():
             fail(line)
         if not isinstance(error, ValueError):
             raise
@@ -78,7 +82,10 @@ def cli(main):
         fail(f"{error} ({Path(own[-1].filename).name}, line {own[-1].lineno}); change the value or leave it out")
     except KeyboardInterrupt as error:
         print(str(error) or "stopped", file=sys.stderr)
+        launch.close(wait=10)
         sys.exit(130)
+    finally:
+        launch.close()
 
 
 def _foreign(error):

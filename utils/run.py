@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import torch
 
-from . import checkpoint, files
+from . import checkpoint, files, launch
 from .config import OVERLAYS, load, plain, split
 from .device import check_processes, device_name, move, peak_memory_mb, start, wait_for
 from .errors import UserError, disk_error, mute
@@ -58,6 +58,10 @@ class Run:
                 self._changed = checkpoint.check_same(self._resumed, self.config, self.script, self.folder.name)
             if self.settings.publish:                  # a damaged file is said before the work, not after it
                 read_json(self.lesson / "results" / "results.json")
+            if self.script == "train":
+                before = len(self._resumed["random"]) if self._resumed else None
+                if (many := launch.number(file, self.settings, before)) > 1:
+                    launch.start(many)
             self.accelerator, self.precision = start(self.settings.device, self.settings.precision)
         except BaseException:
             self._release()
@@ -252,7 +256,7 @@ class Run:
             write_json(self.folder / "run.json", made | {
                 "argv": self._argv, "config": plain(self.config),
                 "changed": [*made.get("changed", []), {"step": self.step, **changes}]})
-        self.say(f"training {self.name} on {device_name(self.device)}, {self.precision}, {total} steps of "
+        self.say(f"training {self.name} on {device_name(self.device, self.world)}, {self.precision}, {total} steps of "
                  f"{data.batch_size} -> {self.folder}")
         self._start = time.perf_counter()
 
@@ -317,7 +321,7 @@ class Run:
 
     def _again(self):
         kept = [a for a in self.argv if split(a)[0] in ("runs", "publish", "smoke")]
-        begin = "python" if self.world == 1 else f"torchrun --nproc_per_node {self.world}"
+        begin = "python" if self.world == 1 or launch.started() else f"torchrun --nproc_per_node {self.world}"
         return shlex.join([*begin.split(), f"{self.script}.py", "--resume", *kept])
 
     def save(self):
@@ -394,7 +398,7 @@ class Run:
         if self.settings.publish:
             for path in [weights, *pictures]:
                 self.publish(path)
-        print(f"trained for {numbers['minutes']} minutes on {device_name(self.device)}: {weights}")
+        print(f"trained for {numbers['minutes']} minutes on {device_name(self.device, self.world)}: {weights}")
         if failed:
             raise UserError(f"the weights are whole, the numbers of this run could not be kept: {failed}")
         return SimpleNamespace(folder=self.folder, weights=weights, records=records, **numbers)
@@ -425,7 +429,7 @@ class Run:
         name = name if self.device.type == "cpu" else f"{name}_gpu"
         entry = {**numbers, "command": " ".join([f"python {self.script}.py", *(
             a for a in self.argv if split(a)[0] not in ("publish", "runs"))]),
-                 "seed": self.settings.seed, "device": device_name(self.device), "dtype": self.precision,
+                 "seed": self.settings.seed, "device": device_name(self.device, self.world), "dtype": self.precision,
                  "torch": torch.__version__, "script": self.script, "code": self.code}
         for folder in [self.folder] + [self.lesson / "results"] * bool(self.settings.publish):
             with update_json(folder / "results.json") as results:
