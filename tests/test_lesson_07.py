@@ -482,7 +482,7 @@ def make_fixture(diffusers):
         corrected = ve.step_correct(score, x, generator=seeded()).prev_sample
         vp = scheduling_sde_vp.ScoreSdeVpScheduler(1000)
         vp.set_timesteps(1000)
-        noise = torch.cos(3 * BASE + i)                     # here in the place of a score: the network's output
+        noise = torch.cos(3 * BASE + i)                     # here instead of a score: the network's output
         vp_x, vp_mean = vp.step_pred(noise, x, torch.tensor([i / 999]), generator=seeded())
         rows.append({"i": i, **{name: value.flatten().tolist() for name, value in {
             "ve_mean": step.prev_sample_mean, "ve": step.prev_sample, "ve_corrected": corrected, "vp_mean": vp_mean,

@@ -71,7 +71,7 @@ def test_initial_loss_is_1_at_every_sigma(sigma):
 
 
 def test_initial_loss_of_plain_images_is_not():
-    # sigma_data = 0.5 on [-1, 1], a common mistake: 3.7 in the place of 1 where the noise is strong.
+    # sigma_data = 0.5 on [-1, 1], a common mistake: 3.7 instead of 1 where the noise is strong.
     (x0, _), loss = digits("train").first(4000), []
     torch.manual_seed(0)
     for sigma in (0.01, 0.1, 0.5, 1.0, 5.0, 80.0):

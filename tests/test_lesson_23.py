@@ -35,7 +35,7 @@ def numbers(*shape, seed=0.0):
 
 
 def filled(net, size=0.2):
-    """The network with weights by formula in the place of its start: nothing in it is 0."""
+    """The network with weights by formula instead of its start: nothing in it is 0."""
     for i, p in enumerate(net.parameters()):
         p.data = size * numbers(*p.shape, seed=i)
     return net

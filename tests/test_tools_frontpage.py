@@ -1,9 +1,8 @@
-"""tools/frontpage.py, the register lessons.yaml, and the links of the pages at the root."""
+"""tools/frontpage.py, the register lessons.yaml, and the front page."""
 import copy
 import json
 import re
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -358,37 +357,6 @@ def test_stale_command_asks_utils(root, capsys):
 
 def test_readme_is_fresh(capsys):
     assert frontpage.main(["--check"]) == 0, capsys.readouterr().err
-
-
-def headings(text):
-    """The anchors GitHub gives to the headings of a page."""
-    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), flags=re.M)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
-
-
-def links(text):
-    """Targets of Markdown links and pictures and of HTML src and href, code left out."""
-    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    text = re.sub(r"`[^`\n]*`", "", text)
-    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
-
-
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "REFERENCE.md"])
-def test_relative_links_and_pictures_exist(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    targets = links(text)
-    assert targets
-    broken = []
-    for target in targets:
-        if re.match(r"[a-z]+:", target):               # another host
-            continue
-        path, _, anchor = unquote(target).partition("#")
-        file = ROOT / path if path else ROOT / page
-        if path.startswith("/") or not file.exists():
-            broken.append(target)
-        elif anchor and anchor not in headings(file.read_text(encoding="utf-8")):
-            broken.append(target)
-    assert broken == []
 
 
 def test_front_page_begins_with_the_commands():

@@ -5,7 +5,7 @@
     caption(7, {"thickness": 2, "slant": 2})          "a thick seven leaning right"
     read_caption("a bold 7 slanted right")            [{"digit": 7, "thickness": 2, "slant": 2}]
     Tokenizer()(["a thick seven", ""])                word numbers, (2, 16); "" is the start token and padding
-    captioned("train")     MNIST with token rows in the place of labels: single, placed, or two digits in a scene
+    captioned("train")     MNIST with token rows instead of labels: single, placed, or two digits in a scene
     follow(x, texts)       how often images do what their captions ask for, word by word
 
 The rules for attributes look at pixels only, never at a label or a network.
