@@ -787,8 +787,12 @@ def main(argv=None, root=ROOT):
                 house = House(root, load_lessons(root), [path.relative_to(root).as_posix() for path in (
                     *root.glob("lesson_*"), *root.glob("lesson_*/sublesson_*")) if path.is_dir()])
                 only = {find(house, name)["folder"] for name in args.lessons}
-            done = sync(root, args.accept, only) if args.command == "sync" else []
-            problems = check(root, only)
+            done, lost = sync(root, args.accept, only) if args.command == "sync" else [], []
+            if args.command == "sync":                          # lines have moved: so do the links to them
+                from tools import lines as links
+                pages, lost = links.write(root, sorted(only) if only else None)
+                done += [f"{page}: links to lines rewritten" for page in pages]
+            problems = check(root, only) + lost
             lines = done + problems or ["lineage: all in order"]
         print("\n".join(lines), flush=True)
         return 1 if problems else 0
