@@ -181,7 +181,8 @@ class UnconditionalNormPlus(nn.Module):
         """x (B, C, H, W) -> (B, C, H, W); i is not used. Statistics of each image alone, in training as in sampling."""
         gamma, alpha, beta = self.embed                                                            # (C, 1, 1) each
         mean = x.mean(dim=(2, 3), keepdim=True)                                                    # (B, C, 1, 1)
-        variance = x.square().mean(dim=(1, 2, 3), keepdim=True) - mean.square().mean(1, keepdim=True)
+        square = x.float().square()                    # fp16 ends at 65,504: the square of 256 would be infinite
+        variance = square.mean(dim=(1, 2, 3), keepdim=True) - mean.square().mean(1, keepdim=True)
         m = (mean - mean.mean(1, keepdim=True)) / (variance + 1e-5).sqrt()                         # (B, C, 1, 1)
         return torch.addcmul(gamma * alpha * m + beta, gamma, F.instance_norm(x))
 

@@ -202,7 +202,7 @@ def test_the_gpus_network_can_be_built(tmp_path, monkeypatch, number):
     sizes = {}
     for gpu in ("true", "false"):
         with pytest.raises(Built) as built:
-            load(READY[number], "train").main([f"gpu={gpu}", "device=cpu", "threads=1", f"runs={tmp_path}",
-                                               *CHEAPER.get(number, [])])
+            load(READY[number], "train").main([f"gpu={gpu}", "device=cpu", "precision=fp32", "threads=1",
+                                               f"runs={tmp_path}", *CHEAPER.get(number, [])])
         sizes[gpu], = built.value.args
     assert sizes["true"] >= sizes["false"] > 0
