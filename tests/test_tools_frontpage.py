@@ -189,27 +189,48 @@ def test_lessons_table(root):
     assert first[1:4] == ["2019-07", "**Name 03**", "[Title 03](https://arxiv.org/abs/2006.00001)"]
     assert '<img src="lesson_03/results/denoising.gif" width="84"' in first[4]
     assert first[5] == "FID 2.5 (floor 0.5; n = 2,048; 50 network calls)"
-    assert first[6:9] == ["9.3 (2 CPU cores)", "not yet measured", "[lesson_03](lesson_03)"]
+    assert first[6:8] == ["9.3 (2 CPU cores)", "[lesson_03](lesson_03)"]        # no T4, no column
     assert (f"https://colab.research.google.com/github/{frontpage.REPOSITORY}/blob/main/lesson_03/notebook.ipynb"
-            in first[9])
+            in first[8])
 
 
 def test_lesson_without_results_has_empty_cells(root):
     second, third = rows(frontpage.lessons_table(root))[1:]
-    assert second[4:] == ["—", "—", "—", "not yet measured", "[lesson_02](lesson_02)", "—"]
-    assert third[8] == "[lesson_03/sublesson_a](lesson_03/sublesson_a)"
+    assert second[4:] == ["—", "—", "—", "[lesson_02](lesson_02)", "—"]
+    assert third[7] == "[lesson_03/sublesson_a](lesson_03/sublesson_a)"
 
 
 @pytest.mark.parametrize("entry, cell", [
     ({"minutes": 4.25, "device": "Tesla T4"}, "4.25"),
     ({"minutes": 12}, "12"),
-    ({"minutes": 1.0, "device": "H100"}, "not yet measured"),
-    ({"minutes": None}, "not yet measured"),
-    ({}, "not yet measured"),
+    ({"minutes": 1.0, "device": "H100"}, "—"),
+    ({"minutes": None}, "—"),
+    ({}, "—"),
 ])
 def test_t4_column_holds_t4_minutes_only(root, entry, cell):
+    publish(root, "lesson_02", train_gpu={"minutes": 77.0, "device": "Tesla T4"})
     publish(root, train_gpu=entry)
-    assert rows(frontpage.lessons_table(root))[0][7] == cell
+    table = frontpage.lessons_table(root)
+    assert "| Minutes on a T4 |" in table and [row[7] for row in rows(table)] == [cell, "77", "—"]
+
+
+def test_what_was_measured_on_a_gpu(root):
+    """One sentence until there is something."""
+    assert frontpage.gpu_table(root).startswith("Not yet measured on a GPU: ") and "\n" not in frontpage.gpu_table(root)
+    (root / "tools").mkdir()
+    row = {"lesson": "03", "precision": "fp16", "images_per_second": 1234.5, "minutes": 12.345, "memory_gb": 2.51,
+           "loss": [1.02, 0.03456], "samples": 2048, "sample_seconds": 20.0}
+    (root / frontpage.GPU).write_text(json.dumps({
+        "Tesla T4": {"torch": "2.14",
+                     "rows": [row, row | {"lesson": "03a", "samples": 512}, {"lesson": "02", "error": "no"}]},
+        "NVIDIA L4": {"torch": "2.15", "rows": [row | {"precision": "bf16"}]}}))
+    t4, l4 = frontpage.gpu_table(root).split("</details>")[:2]
+    assert "one Tesla T4, torch 2.14" in t4 and "one NVIDIA L4, torch 2.15" in l4 and "Not yet" not in t4
+    table = "\n".join(line for line in t4.splitlines() if line.startswith("|"))
+    assert rows(table) == [["03", "fp16", "1,234", "12.3", "2.5 GB", "1.02 to 0.0346", "20"],
+                           ["03a", "fp16", "1,234", "12.3", "2.5 GB", "1.02 to 0.0346", "about 80"],
+                           ["02", "no", *["—"] * 5]]
+    assert "| bf16 |" in l4 and "| bf16 |" not in t4
 
 
 def test_headline_is_made_from_the_scores(root):

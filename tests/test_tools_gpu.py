@@ -1,14 +1,22 @@
-"""tools/gpu_budget.py: what it counts, and that every lesson's `gpu` overlay is worth its minutes of a T4."""
+"""tools/gpu_budget.py, and every lesson's `gpu` overlay by it; tools/gpu_check.py on a GPU that is not there.
 
+FAKEGPU=all lets the second measure every lesson, instead of two.
+"""
+
+import json
+import math
+import os
 import re
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import ROOT
-from tools import gpu_budget
+from conftest import ROOT, load
+from fakegpu import FakeGPU
+from tools import gpu_budget, gpu_check
 from tools.gpu_budget import RATE, START, TRAFFIC, Autocast, Numberless, Phase, Work
 from utils import UserError, config
 
@@ -104,3 +112,95 @@ def test_names_and_the_table(capsys):
     for name in ("lesson_98", "lesson_08"):
         with pytest.raises(UserError, match=f"{name} is no ready lesson"):
             next(gpu_budget.rows([name]))
+
+
+# ------------------------------------------------------------------ tools/gpu_check.py
+READY = [lesson["number"] for lesson in gpu_budget.chosen([])]
+
+
+@pytest.mark.parametrize("number", READY if os.environ.get("FAKEGPU") == "all" else ["07", "34"])
+def test_a_lesson_is_measured(launch, tmp_path, number):
+    """In its own process, in smoke size; of lesson 34 both loops."""
+    process = launch("tools/gpu_check.py", f"measure={number}", f"until={time.time() + 99}", "smoke=true",
+                     f"out={tmp_path / 'row.json'}", before=f"import sys; sys.path.append({str(ROOT / 'tests')!r}); "
+                     "import fakegpu; fakegpu.install(); fakegpu.cheap()")
+    assert process.wait() == 0, process.err
+    row = json.loads((tmp_path / "row.json").read_text())
+    assert row["lesson"] == number and row["device"] == "Tesla T4"
+    assert row["precision"] == ("fp32" if number == "01" else "fp16")
+    assert row["images_per_second"] > 0 < row["minutes"] and all(map(math.isfinite, row["loss"]))
+    assert len(row["loss"]) == 2 and row["samples"] == 4 and row["sample_seconds"] > 0
+
+
+def test_what_lies_elsewhere_is_found():
+    with FakeGPU():
+        gpu_check.Watched.on_device(None, [torch.zeros(2, device="cuda")])
+        with pytest.raises(RuntimeError, match=r"shape \(2, 3\) is on the cpu"):
+            gpu_check.Watched.on_device(None, [torch.zeros(1, device="cuda"), torch.zeros(2, 3)])
+
+
+def test_a_loop_ends_with_its_time(tmp_path, monkeypatch):
+    """And the run as if it were done; here on a CPU."""
+    monkeypatch.setattr(gpu_check.Watched, "on_device", lambda self, tensors: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    monkeypatch.setattr(gpu_check.Watched, "until", 0)
+    train = load("lesson_05", "train")
+    monkeypatch.setattr(train, "Run", gpu_check.Watched)
+    result = train.main(["gpu=false", "device=cpu", "smoke=true", "steps=1000", "threads=1", f"runs={tmp_path}"])
+    run = gpu_check.Watched.newest
+    assert len(run.losses[0]) == gpu_check.WARM + gpu_check.LEAST and result.weights.exists()
+    assert run.total > 0 and run.stamps[-1] - run.stamps[0] < run.total / 10     # of a thousand steps
+
+
+@pytest.fixture
+def faked(monkeypatch, tmp_path):
+    """A CUDA device by its name, and rows that the processes of lessons would have brought."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "device_name", lambda device: "Tesla T4")
+    asked = []
+
+    def start(lesson, seconds, smoke):
+        asked.append(seconds)
+        if lesson["number"] == "05a":
+            return {"lesson": "05a", "error": "failed: so it is"}
+        return {"lesson": lesson["number"], "precision": "fp16", "images_per_second": 900.0, "minutes": 16.0,
+                "memory_gb": 2.4, "loss": [1.0, 1.5 if lesson["number"] == "05b" else 0.1], "samples": 512,
+                "sample_seconds": 5.0}
+
+    monkeypatch.setattr(gpu_check, "start", start)
+    return asked
+
+
+def test_all_lessons_share_the_time_and_a_failure_stops_none(faked, tmp_path, capsys):
+    out = tmp_path / "gpu.json"
+    with pytest.raises(SystemExit) as stop:
+        gpu_check.main(["05", "lesson_05/sublesson_a", "05b", "minutes=3", f"out={out}"])
+    assert stop.value.code == 1 and faked == pytest.approx([60, 90, 180], rel=1e-2)        # nothing takes time here
+    said = capsys.readouterr()
+    assert "failed: 05a" in said.err and "the loss of 05b did not fall" in said.out
+    assert "| 05 | fp16 | 900 | 16 | 2.4 GB | 1 to 0.1 | about 20 |" in said.out and "05a, failed: so it is" in said.out
+    first = json.loads(out.read_text())
+    assert [row["lesson"] for row in first["Tesla T4"]["rows"]] == ["05", "05a", "05b"]
+    out.write_text(json.dumps(first | {"NVIDIA L4": {"torch": "2.1", "rows": []}}))
+    assert len(gpu_check.main(["lesson_02", f"out={out}"])) == 1                           # what was there stays
+    both = json.loads(out.read_text())
+    assert [row["lesson"] for row in both["Tesla T4"]["rows"]] == ["02", "05", "05a", "05b"] and "NVIDIA L4" in both
+
+
+def test_a_lesson_that_breaks_or_hangs(monkeypatch):
+    """Here there is no GPU, which is how its process breaks."""
+    lesson, = gpu_budget.chosen(["05"])
+    row = gpu_check.start(lesson, 60, True)
+    assert row == {"lesson": "05", "error": "failed: tools.gpu_check measures on an NVIDIA GPU, and no CUDA device was "
+                                            "found"}
+    assert gpu_check.start(lesson, 0.01, True) == {"lesson": "05", "error": "not done after 0 s"}
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "no CUDA device was found"), (["minute=5"], "unknown key minute: the keys are minutes, out, smoke"),
+    (["minutes=0"], "minutes=0: write a number above 0"), (["smoke=1"], "smoke=1: write true or false"),
+])
+def test_one_line(argv, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=message):
+        gpu_check.main(argv)

@@ -7,7 +7,7 @@
                                          every badge, link and notebook
 
 A generated part stands between `<!-- frontpage:NAME:start -->` and `<!-- frontpage:NAME:end -->`;
-NAME is `lessons`, `roadmap` or `map`. Everything outside the markers is left alone.
+NAME is `lessons`, `gpu`, `roadmap` or `map`. Everything outside the markers is left alone.
 """
 import argparse
 import json
@@ -20,8 +20,12 @@ from tools.lineage import mermaid, register
 ROOT = Path(__file__).resolve().parent.parent
 REPOSITORY = register(ROOT)["repository"]               # on GitHub; every link to it is made from this
 
+T4 = "Minutes on a T4"
+
+# What `python -m tools.gpu_check` has measured: {name of the GPU: {"torch": version, "rows": [...]}}.
+GPU = "tools/gpu.json"
+
 NOTHING = "—"
-NOT_MEASURED = "not yet measured"
 
 
 def number_key(number):
@@ -105,32 +109,62 @@ def t4_minutes(entry):
     """Minutes on a T4. Another GPU's minutes do not belong in that column."""
     measured = minutes(entry)
     if measured is None or "T4" not in entry.get("device", "T4"):
-        return NOT_MEASURED
+        return NOTHING
     return f"{entry['minutes']:.4g}"
 
 
 def lessons_table(root=ROOT):
-    """The finished lessons in order of date."""
+    """The finished lessons in order of date. Minutes on a T4 are a column when a lesson has been trained on one."""
     ready = [lesson for lesson in load_lessons(root) if lesson["state"] == "ready"]
     if not ready:
         return "No lesson is finished yet."
     rows = []
     for lesson in sorted(ready, key=lambda lesson: lesson["date"] or ""):
         results = load_results(root, lesson["folder"])
-        rows.append([
-            lesson["number"],
-            lesson["date"] or NOTHING,
-            f"**{lesson['name']}**",
-            title_link(lesson),
-            animation(root, lesson),
-            headline(results),
-            minutes(results.get("train")) or NOTHING,
-            t4_minutes(results.get("train_gpu")),
-            f"[{lesson['folder']}]({lesson['folder']})",
-            colab_badge(root, lesson),
-        ])
-    return table(["Lesson", "Date", "Name", "Paper", "Sampling", "Result", "Minutes to train",
-                  "Minutes on a T4", "Folder", "Notebook"], rows)
+        rows.append({
+            "Lesson": lesson["number"],
+            "Date": lesson["date"] or NOTHING,
+            "Name": f"**{lesson['name']}**",
+            "Paper": title_link(lesson),
+            "Sampling": animation(root, lesson),
+            "Result": headline(results),
+            "Minutes to train": minutes(results.get("train")) or NOTHING,
+            T4: t4_minutes(results.get("train_gpu")),
+            "Folder": f"[{lesson['folder']}]({lesson['folder']})",
+            "Notebook": colab_badge(root, lesson),
+        })
+    header = [name for name in rows[0] if name != T4 or any(row[T4] != NOTHING for row in rows)]
+    return table(header, [[row[name] for name in header] for row in rows])
+
+
+def gpu_table(root=ROOT):
+    """What has been measured on GPUs, a table for each, or the sentence that nothing has."""
+    path = root / GPU
+    measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not measured:
+        return ("Not yet measured on a GPU: with an NVIDIA card of any kind, `python -m tools.gpu_check` measures all "
+                "lessons in ten minutes.")
+    return "\n\n".join(f"<details><summary>Measured on one {device}, torch {found['torch']}, by <code>python -m "
+                       f"tools.gpu_check</code></summary>\n\n{gpu_rows(found['rows'])}\n\n</details>"
+                       for device, found in measured.items())
+
+
+def gpu_rows(rows):
+    """The table of one GPU's measurements, with what its numbers mean."""
+    header = ["Lesson", "Precision", "Images/s", "Minutes to train", "Memory", "Loss", "Seconds for 2,048 samples"]
+    return table(header, map(gpu_cells, rows)) + (
+        "\n\nTrained for some seconds with the section `gpu`; minutes to train: all its images at that speed. Loss: of "
+        "the first and the last steps. About: from fewer samples.")
+
+
+def gpu_cells(row):
+    """One row of it."""
+    if "error" in row:
+        return [row["lesson"], row["error"], *[NOTHING] * 5]
+    seconds = row["sample_seconds"] * 2048 / row["samples"]
+    return [row["lesson"], row["precision"], f"{row['images_per_second']:,.0f}", f"{row['minutes']:.3g}",
+            f"{row['memory_gb']:.2g} GB", "{:.3g} to {:.3g}".format(*row["loss"]),
+            f"{'about ' * (row['samples'] < 2048)}{seconds:.3g}"]
 
 
 def roadmap_table(root=ROOT):
@@ -149,7 +183,7 @@ def field_map(root=ROOT):
     return f"```mermaid\n{mermaid(load_lessons(root), base)}\n```"
 
 
-PARTS = {"lessons": lessons_table, "roadmap": roadmap_table, "map": field_map}
+PARTS = {"lessons": lessons_table, "gpu": gpu_table, "roadmap": roadmap_table, "map": field_map}
 
 
 def render(text, root=ROOT):

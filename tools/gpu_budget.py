@@ -39,7 +39,7 @@ TRAFFIC, START = 220e9, 10e-6                          # bytes a second; seconds
 META = torch.device("meta")
 
 # Keys that make the tool quick and no step cheaper. What stands between two loops grows with such a number.
-QUICKER = {"04": {"ncsn.sigma_1": 50}, "21": {"train.pairs": 128},
+QUICKER = {"04": {"ncsn.sigma_1": 16.9}, "21": {"train.pairs": 128},
            **dict.fromkeys(("05e", "32", "34"), {"captions.images": 500})}
 
 
@@ -292,16 +292,20 @@ def estimate(lesson, root=ROOT, keys=()):
             "minutes": sum(map(Phase.total, work.phases)) / 60}
 
 
-def rows(argv=(), root=ROOT):
-    """The rows of all ready lessons, or of those with these names (lesson_05, 05c); key=value holds for all of them."""
-    names, keys = [item for item in argv if "=" not in item], [item for item in argv if "=" in item]
+def chosen(names, root=ROOT):
+    """The entries of the ready lessons with these names (lesson_05, 05c); of all of them, if none is named."""
     ready = [lesson for lesson in load_lessons(root) if lesson["state"] == "ready"]
+    names = [name.rstrip("/") for name in names]
     for name in names:
-        if not any(name.rstrip("/") in (lesson["number"], lesson["folder"]) for lesson in ready):
+        if not any(name in (lesson["number"], lesson["folder"]) for lesson in ready):
             raise UserError(f"{name} is no ready lesson: write it as lesson_05, lesson_05/sublesson_c or 05c")
-    for lesson in ready:
-        if not names or {lesson["number"], lesson["folder"]} & {name.rstrip("/") for name in names}:
-            yield estimate(lesson, root, keys)
+    return [lesson for lesson in ready if not names or {lesson["number"], lesson["folder"]} & set(names)]
+
+
+def rows(argv=(), root=ROOT):
+    """The rows of the lessons that are named, or of all; key=value holds for each of them."""
+    for lesson in chosen([item for item in argv if "=" not in item], root):
+        yield estimate(lesson, root, [item for item in argv if "=" in item])
 
 
 def main(argv=None):
