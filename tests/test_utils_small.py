@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -484,6 +485,64 @@ def test_device(monkeypatch, tmp_path):
     monkeypatch.undo()
     assert device_name().startswith("1 CPU core (")
     assert 50 < peak_memory_mb() < 100_000
+
+
+def cuda(monkeypatch, works, gpus, built="13.0"):
+    """A machine with so many NVIDIA GPUs, which torch can use or not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: works)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    utils.device.warn.cache_clear()
+
+
+def test_a_gpu_that_cannot_be_used_is_said_once(monkeypatch, capsys, tmp_path):
+    """As with a driver that is too old: torch then says no more than that there is no CUDA."""
+    cuda(monkeypatch, works=False, gpus=1)
+    for _ in range(2):
+        utils.device.start("auto", "fp32")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("warning: an NVIDIA GPU is there") and "CUDA 13.0" in said
+    with pytest.raises(UserError, match="device=cuda: an NVIDIA GPU is there, .* driver"):
+        utils.device.start("cuda", "fp32")
+    utils.device.warn.cache_clear()
+    utils.device.start("cpu", "fp32")                        # as asked for
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")     # hidden by the reader
+    utils.device.start("auto", "fp32")
+    cuda(monkeypatch, works=False, gpus=0)             # none
+    utils.device.start("auto", "fp32")
+    with pytest.raises(UserError, match="device=cuda: no CUDA GPU was found; leave device out"):
+        utils.device.start("cuda", "fp32")
+    cuda(monkeypatch, works=True, gpus=1)
+    assert capsys.readouterr().err == "" and utils.device.unused_gpu() is None
+    cuda(monkeypatch, works=False, gpus=0, built=None)                 # a torch for CPUs, on a machine with a GPU
+    monkeypatch.setattr(utils.device, "KNOWN_GPUS", tmp_path / "gpus")
+    assert utils.device.unused_gpu() is None
+    (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
+    assert "was built without CUDA" in utils.device.unused_gpu()
+    monkeypatch.setenv("RANK", "1")
+    utils.device.warn("of another process")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("gpus, environment, message", [
+    (1, {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "2 processes were started here, .* are 1, .*node 1`"),
+    (2, {"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"}, "4 processes were started here, .* are 2, .*node 2`"),
+    (2, {"LOCAL_RANK": "2"}, "3 processes"), (2, {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}, None), (1, {}, None),
+])
+def test_more_processes_than_gpus(monkeypatch, gpus, environment, message):
+    cuda(monkeypatch, works=True, gpus=gpus)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: pytest.fail("NCCL would be asked") if message else
+                        SimpleNamespace(num_processes=1))
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if message:
+        with pytest.raises(UserError, match=message):
+            utils.device.start("auto", "fp32")
+    else:
+        assert utils.device.start("cuda", "fp32")[1] == "fp32"
 
 
 # ------------------------------------------------------------------ scores

@@ -1,8 +1,11 @@
 """What this machine has: devices and processes, the fastest precision, memory, a name to put beside a number."""
 
+import functools
+import multiprocessing
 import os
 import platform
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,8 +23,13 @@ def start(device, precision):
 
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
-        raise UserError("device=cuda: no CUDA GPU was found; leave device out to use the CPU")
+        why = unused_gpu() or "no CUDA GPU was found"
+        raise UserError(f"device=cuda: {why}; leave device out to use the CPU")
     cpu = device == "cpu" or not cuda
+    if not cpu:
+        check_gpus(os.environ)
+    elif device == "auto" and (why := unused_gpu()):
+        warn(why)
     if precision == "auto":
         precision = auto_precision("cpu" if cpu else "cuda")
     if precision == "fp16" and cpu:
@@ -42,7 +50,7 @@ FOREIGN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 def check_processes(environment):
     """UserError if variables promise several processes that cannot find each other."""
-    for name in ("WORLD_SIZE", "RANK", *FOREIGN):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", *FOREIGN):
         if not environment.get(name, "0").isdecimal():
             raise UserError(f"{name}={environment[name]} must be a whole number: unset {name}, or start with torchrun")
     size = int(environment.get("WORLD_SIZE", 1))
@@ -54,6 +62,43 @@ def check_processes(environment):
         if "WORLD_SIZE" not in environment and (size := int(environment.get(name, 1))) > 1:
             raise UserError(f"{name}={size} promises {size} processes, which would not know each other: start them "
                             f"with `torchrun --nproc_per_node {size}` instead of mpirun, or unset {name}")
+
+
+def check_gpus(environment):
+    """UserError if more processes were started on this machine than it has GPUs: NCCL's own error names neither."""
+    gpus = torch.cuda.device_count()
+    started = max(int(environment.get("LOCAL_WORLD_SIZE", 1)), int(environment.get("LOCAL_RANK", 0)) + 1)
+    if started > gpus:
+        raise UserError(f"{started} processes were started here, but the GPUs are {gpus}, and each needs its own: "
+                        f"start with `torchrun --nproc_per_node {max(gpus, 1)}`, or add device=cpu")
+
+
+KNOWN_GPUS = Path("/proc/driver/nvidia/gpus")          # where Linux' NVIDIA driver lists what it has found
+
+
+def unused_gpu():
+    """Why this machine's NVIDIA GPU cannot be used, in one line; None if it can, is hidden, or is not there.
+
+    torch counts GPUs by NVML, which any driver answers; whether it can use them it asks CUDA, which may want a newer.
+    """
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    if torch.version.cuda:
+        with warnings.catch_warnings(action="ignore"):
+            found = torch.cuda.device_count()
+        why = f"cannot use it; its driver is probably older than CUDA {torch.version.cuda} wants"
+        how = "update it, or install a torch for an older CUDA"
+        return f"an NVIDIA GPU is there, but torch {torch.__version__} {why}: {how}" if found else None
+    if KNOWN_GPUS.is_dir() and any(KNOWN_GPUS.iterdir()) and not torch.version.hip:
+        return f"an NVIDIA GPU is there, but torch {torch.__version__} was built without CUDA: install one with it"
+    return None
+
+
+@functools.cache
+def warn(why):
+    """Say once that the CPU computes although there is a GPU: of several processes, the first says it."""
+    if os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None:
+        print(f"warning: {why}; the CPU computes, which takes longer", file=sys.stderr, flush=True)
 
 
 def fast_bf16():
