@@ -184,34 +184,57 @@ def rows(text):
 
 def test_lessons_table(root):
     table = rows(frontpage.lessons_table(root))
-    assert [row[0] for row in table] == ["03", "02", "03a"]            # by date, finished lessons only
-    first = table[0]
-    assert first[1:4] == ["2019-07", "**Name 03**", "[Title 03](https://arxiv.org/abs/2006.00001)"]
-    assert '<img src="lesson_03/results/denoising.gif" width="84"' in first[4]
-    assert first[5] == "FID 2.5 (floor 0.5; n = 2,048; 50 network calls)"
-    assert first[6:8] == ["9.3 (2 CPU cores)", "[lesson_03](lesson_03)"]        # no T4, no column
-    assert (f"https://colab.research.google.com/github/{frontpage.REPOSITORY}/blob/main/lesson_03/notebook.ipynb"
-            in first[8])
+    assert [row[0] for row in table] == [              # by number, finished lessons only
+        "[**02** Name 02](lesson_02)<br>[2021-05](https://arxiv.org/abs/2006.00001)",
+        "[**03** Name 03](lesson_03)<br>[2019-07](https://arxiv.org/abs/2006.00001)",
+        "[**03a** Name 03a](lesson_03/sublesson_a)<br>[2022-01](https://arxiv.org/abs/2006.00001)"]
+    assert table[1][1] == "Teaches 03."
+    assert '<img src="lesson_03/results/denoising.gif" width="160" alt="Name 03: ' in table[1][2]
+    assert table[1][3:] == ["FID 2.5 (floor 0.5; n = 2,048; 50 network calls)", "9.3 on 2 cores", (
+        f"[open](https://colab.research.google.com/github/{frontpage.REPOSITORY}/blob/main/lesson_03/notebook.ipynb)")]
+    assert table[0][1:] == ["Teaches 02.", "—", "—", "—", "—"]          # nothing published
 
 
-def test_lesson_without_results_has_empty_cells(root):
-    second, third = rows(frontpage.lessons_table(root))[1:]
-    assert second[4:] == ["—", "—", "—", "[lesson_02](lesson_02)", "—"]
-    assert third[7] == "[lesson_03/sublesson_a](lesson_03/sublesson_a)"
+@pytest.mark.parametrize("change, cell", [
+    (dict(paper=None), "[**02** Name 02](lesson_02)<br>2021-05"),
+    (dict(paper=None, date=None), "[**02** Name 02](lesson_02)"),
+])
+def test_lesson_without_a_paper(root, change, cell):
+    dump(root, [lesson("02", **{"date": "2021-05"} | change)])
+    assert rows(frontpage.lessons_table(root))[0][0] == cell
 
 
 @pytest.mark.parametrize("entry, cell", [
-    ({"minutes": 4.25, "device": "Tesla T4"}, "4.25"),
-    ({"minutes": 12}, "12"),
-    ({"minutes": 1.0, "device": "H100"}, "—"),
+    ({"minutes": 4.25, "device": "1 CPU core (AMD EPYC)"}, "4.2"),
+    ({"minutes": 12.4, "device": "2 CPU cores (AMD EPYC)"}, "12 on 2 cores"),
+    ({"minutes": 12.6}, "13"),
     ({"minutes": None}, "—"),
     ({}, "—"),
 ])
-def test_t4_column_holds_t4_minutes_only(root, entry, cell):
-    publish(root, "lesson_02", train_gpu={"minutes": 77.0, "device": "Tesla T4"})
-    publish(root, train_gpu=entry)
-    table = frontpage.lessons_table(root)
-    assert "| Minutes on a T4 |" in table and [row[7] for row in rows(table)] == [cell, "77", "—"]
+def test_minutes_of_training(root, entry, cell):
+    publish(root, train=entry)
+    assert rows(frontpage.lessons_table(root))[1][4] == cell
+
+
+def test_paths_show_what_is_finished(root):
+    register = frontpage.register(root) | {"paths": [
+        {"name": "Up", "what": "Climb.", "hours": 1.5, "lessons": ["03a", "10", "02"]},
+        {"name": "Down", "what": "Descend.", "hours": 2, "lessons": ["01", "10"]}]}
+    assert "|" not in frontpage.paths_table(root)
+    (root / "lessons.yaml").write_text(yaml.safe_dump(register))
+    assert rows(frontpage.paths_table(root)) == [
+        ["**Up**", "[03a](lesson_03/sublesson_a) → [02](lesson_02)", "3", "Climb."]]
+
+
+def test_every_lesson_is_on_one_path():
+    """But for the first side steps of lesson 05; a new lesson is put on the path that it continues."""
+    paths = yaml.safe_load((ROOT / "lessons.yaml").read_text(encoding="utf-8"))["paths"]
+    numbers = [number for path in paths for number in path["lessons"]]
+    ready = {lesson["number"] for lesson in register() if lesson["state"] == "ready"}
+    assert len(numbers) == len(set(numbers)) and set(numbers) <= {lesson["number"] for lesson in register()}
+    assert ready - set(numbers) == {"05a", "05b"}
+    for path in paths:
+        assert set(path) == {"name", "what", "hours", "lessons"} and 0 < path["hours"] < 10
 
 
 def test_what_was_measured_on_a_gpu(root):
@@ -239,14 +262,14 @@ def test_headline_is_made_from_the_scores(root):
     publish(root, sample_10=few, sample_1000=many, sample_10_gpu=many | {"fid": 0.9},  # not the published weights'
             sample_50={"fid": 0.1},                    # lacks n and floor
             claim={**few, "fid": 0.1})                                         # an arm is not the lesson's result
-    assert rows(frontpage.lessons_table(root))[0][5] == "FID 1.23 (floor 0.15; n = 2,048; 1,000 network calls)"
+    assert rows(frontpage.lessons_table(root))[1][3] == "FID 1.23 (floor 0.15; n = 2,048; 1,000 network calls)"
     publish(root, headline="Said by hand", sample_10=few)
-    assert rows(frontpage.lessons_table(root))[0][5] == "Said by hand"
+    assert rows(frontpage.lessons_table(root))[1][3] == "Said by hand"
 
 
 def test_a_bar_in_a_headline_does_not_break_the_table(root):
     publish(root, headline="E|x|\nsmall")
-    assert rows(frontpage.lessons_table(root))[0][5] == r"E\|x\| small"
+    assert rows(frontpage.lessons_table(root))[1][3] == r"E\|x\| small"
 
 
 def test_unreadable_results_name_the_file(root):
@@ -272,8 +295,10 @@ def test_map_is_a_mermaid_diagram(root):
     lines = frontpage.field_map(root).splitlines()
     assert lines[0] == "```mermaid" and lines[-1] == "```"
     assert [line for line in lines if line.startswith("```")] == ["```mermaid", "```"]
-    for name in ("Name 01", "Name 03", "Name 10"):
-        assert any(name in line for line in lines)
+    assert "graph TD" in lines and any("L03 --> L03a" in line for line in lines)
+    for name, shown in (("02", True), ("03a", True), ("01", False), ("10", False)):      # finished lessons only
+        assert any(f'L{name}["{name}<br>Name {name}"]' in line for line in lines) == shown
+    assert not any("L01" in line or "L10" in line for line in lines)
 
 
 def test_numbers_sort_as_numbers():

@@ -592,13 +592,15 @@ def test_tree(tmp_path, capsys):
 
 
 def test_mermaid(tmp_path, capsys):
-    graph = mermaid([*LESSONS[:3], {**LESSONS[3], "name": 'A "b"'}], "https://example.org/tree/main/")
-    assert graph.splitlines() == [
-        "graph LR", '  L01["01 Name01"]', '  L02["02 Name02"]', '  L03["03 Name03"]', '  L01a["01a A #quot;b#quot;"]',
+    graph = mermaid([*LESSONS[:3], {**LESSONS[3], "name": 'A "b" of Interpolation 3'}, entry("04", "77")],
+                    "https://example.org/tree/main/")
+    assert graph.splitlines()[1:] == [
+        "graph TD", '  L01["01<br>Name01"]', '  L02["02<br>Name02"]', '  L03["03<br>Name03"]',
+        '  L01a["01a<br>A #quot;b#quot; of<br>Interpolation<br>3"]', '  L04["04<br>Name04"]',
         "  L01 --> L02", "  L02 --> L03", "  L01 -.-> L03", "  L01 --> L01a",
         '  click L01 "https://example.org/tree/main/lesson_01"', '  click L02 "https://example.org/tree/main/lesson_02"',
-        '  click L03 "https://example.org/tree/main/lesson_03"',
-        "  classDef ready fill:#cdeac0,stroke:#2f6b2f,color:#102a10", "  class L01,L02,L03 ready"]
+        '  click L03 "https://example.org/tree/main/lesson_03"', '  click L04 "https://example.org/tree/main/lesson_04"',
+        "  classDef ready fill:#cdeac0,stroke:#2f6b2f,color:#102a10", "  class L01,L02,L03,L04 ready"]
     write(tmp_path, {})
     main(["tree", "--mermaid"], tmp_path)
     assert capsys.readouterr().out == mermaid(LESSONS) + "\n"

@@ -7,7 +7,7 @@
                                          every badge, link and notebook
 
 A generated part stands between `<!-- frontpage:NAME:start -->` and `<!-- frontpage:NAME:end -->`;
-NAME is `lessons`, `gpu`, `roadmap` or `map`. Everything outside the markers is left alone.
+NAME is `lessons`, `gpu`, `paths`, `roadmap` or `map`. Everything outside the markers is left alone.
 """
 import argparse
 import json
@@ -20,12 +20,11 @@ from tools.lineage import mermaid, register
 ROOT = Path(__file__).resolve().parent.parent
 REPOSITORY = register(ROOT)["repository"]               # on GitHub; every link to it is made from this
 
-T4 = "Minutes on a T4"
-
 # What `python -m tools.gpu_check` has measured: {name of the GPU: {"torch": version, "rows": [...]}}.
 GPU = "tools/gpu.json"
 
 NOTHING = "—"
+WIDTH = 160                                            # pixels of an animation in the table, which has 838 in all
 
 
 def number_key(number):
@@ -65,22 +64,27 @@ def title_link(lesson):
     return f"[{lesson['title']}]({lesson['paper']})" if lesson["paper"] else lesson["title"]
 
 
+def named(lesson):
+    """Number and name, linked to the lesson; below it the date, linked to the paper."""
+    date = f"<br>[{lesson['date']}]({lesson['paper']})" if lesson["paper"] else f"<br>{lesson['date'] or ''}"
+    return f"[**{lesson['number']}** {lesson['name']}]({lesson['folder']})" + date.removesuffix("<br>")
+
+
 def animation(root, lesson):
     """The picture of the denoising trajectory, linked to the lesson."""
     folder = lesson["folder"]
     gif = f"{folder}/results/denoising.gif"
     if not (root / gif).exists():
         return NOTHING
-    return f'<a href="{folder}"><img src="{gif}" width="84" alt="{lesson["name"]}: noise becomes digits"></a>'
+    return f'<a href="{folder}"><img src="{gif}" width="{WIDTH}" alt="{lesson["name"]}: noise becomes digits"></a>'
 
 
-def colab_badge(root, lesson):
-    """The badge that opens the lesson's notebook in Colab."""
+def colab(root, lesson):
+    """The link that opens the lesson's notebook in Colab."""
     notebook = f"{lesson['folder']}/notebook.ipynb"
     if not (root / notebook).exists():
         return NOTHING
-    link = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/{notebook}"
-    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
+    return f"[open](https://colab.research.google.com/github/{REPOSITORY}/blob/main/{notebook})"
 
 
 def headline(results):
@@ -98,43 +102,36 @@ def headline(results):
 
 
 def minutes(entry):
-    """Minutes and device of one training entry: "9.3 (2 CPU cores)"."""
+    """Minutes of a training on a CPU, with the number of cores where it is not one: "12 on 2 cores"."""
     if not isinstance(entry, dict) or entry.get("minutes") is None:
-        return None
-    device = f" ({entry['device']})" if entry.get("device") else ""
-    return f"{entry['minutes']:.4g}{device}"
-
-
-def t4_minutes(entry):
-    """Minutes on a T4. Another GPU's minutes do not belong in that column."""
-    measured = minutes(entry)
-    if measured is None or "T4" not in entry.get("device", "T4"):
         return NOTHING
-    return f"{entry['minutes']:.4g}"
+    cores = re.search(r"\b(\d+) CPU cores", entry.get("device", ""))
+    return f"{entry['minutes']:.{1 if entry['minutes'] < 10 else 0}f}" + (f" on {cores[1]} cores" if cores else "")
 
 
 def lessons_table(root=ROOT):
-    """The finished lessons in order of date. Minutes on a T4 are a column when a lesson has been trained on one."""
-    ready = [lesson for lesson in load_lessons(root) if lesson["state"] == "ready"]
-    if not ready:
-        return "No lesson is finished yet."
+    """The finished lessons in the order of their numbers, by which one looks them up."""
     rows = []
-    for lesson in sorted(ready, key=lambda lesson: lesson["date"] or ""):
-        results = load_results(root, lesson["folder"])
-        rows.append({
-            "Lesson": lesson["number"],
-            "Date": lesson["date"] or NOTHING,
-            "Name": f"**{lesson['name']}**",
-            "Paper": title_link(lesson),
-            "Sampling": animation(root, lesson),
-            "Result": headline(results),
-            "Minutes to train": minutes(results.get("train")) or NOTHING,
-            T4: t4_minutes(results.get("train_gpu")),
-            "Folder": f"[{lesson['folder']}]({lesson['folder']})",
-            "Notebook": colab_badge(root, lesson),
-        })
-    header = [name for name in rows[0] if name != T4 or any(row[T4] != NOTHING for row in rows)]
-    return table(header, [[row[name] for name in header] for row in rows])
+    for lesson in load_lessons(root):
+        if lesson["state"] == "ready":
+            results = load_results(root, lesson["folder"])
+            rows.append([named(lesson), lesson["teaches"], animation(root, lesson), headline(results),
+                         minutes(results.get("train")), colab(root, lesson)])
+    wide = "Sampling" + "&nbsp;" * 20                  # GitHub lets pictures shrink, so a word keeps the column open
+    return table(["Lesson", "What it teaches", wide, "Result", "CPU minutes", "Colab"],
+                 rows) if rows else "No lesson is finished yet."
+
+
+def paths_table(root=ROOT):
+    """The ways through the finished lessons; what is planned joins them when it is finished."""
+    ready = {lesson["number"]: lesson for lesson in load_lessons(root) if lesson["state"] == "ready"}
+    rows = []
+    for path in register(root).get("paths", []):
+        steps = [ready[number] for number in path["lessons"] if number in ready]
+        if steps:
+            links = " → ".join(f"[{lesson['number']}]({lesson['folder']})" for lesson in steps)
+            rows.append([f"**{path['name']}**", links, f"{path['hours'] * len(steps):g}", path["what"]])
+    return table(["Path", "Lessons", "Hours", "What you can do then"], rows) if rows else "No path is finished yet."
 
 
 def gpu_table(root=ROOT):
@@ -178,12 +175,13 @@ def roadmap_table(root=ROOT):
 
 
 def field_map(root=ROOT):
-    """The tree of lessons as a Mermaid diagram. GitHub draws it in a frame where relative links lead nowhere."""
+    """The family of the finished lessons in Mermaid. GitHub draws it in a frame where relative links lead nowhere."""
     base = f"https://github.com/{REPOSITORY}/tree/main/"
-    return f"```mermaid\n{mermaid(load_lessons(root), base)}\n```"
+    ready = [lesson for lesson in load_lessons(root) if lesson["state"] == "ready"]
+    return f"```mermaid\n{mermaid(ready, base)}\n```"
 
 
-PARTS = {"lessons": lessons_table, "gpu": gpu_table, "roadmap": roadmap_table, "map": field_map}
+PARTS = {"lessons": lessons_table, "gpu": gpu_table, "paths": paths_table, "roadmap": roadmap_table, "map": field_map}
 
 
 def render(text, root=ROOT):

@@ -36,6 +36,7 @@ import itertools
 import os
 import re
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -744,13 +745,16 @@ def tree(lessons, number=None, indent=""):
 
 def mermaid(lessons, base=""):
     """The tree as a Mermaid graph, further parents dotted. Ready lessons have a class and link to `base` + folder."""
-    lines, ready = ["graph LR"], [lesson for lesson in lessons if lesson["state"] == "ready"]
+    lines = ['%%{init: {"flowchart": {"nodeSpacing": 20, "rankSpacing": 40}}}%%', "graph TD"]
+    numbers = {lesson["number"] for lesson in lessons}
+    ready = [lesson for lesson in lessons if lesson["state"] == "ready"]
     for lesson in lessons:
-        name = f"{lesson['number']} {lesson['name']}".replace("#", "#35;").replace('"', "#quot;").replace("<", "#lt;")
-        lines.append(f'  L{lesson["number"]}["{name}"]')
+        rows = [lesson["number"], *textwrap.wrap(lesson["name"], 12, break_long_words=False, break_on_hyphens=False)]
+        rows = [row.replace("#", "#35;").replace('"', "#quot;").replace("<", "#lt;") for row in rows]
+        lines.append(f'  L{lesson["number"]}["{"<br>".join(rows)}"]')
     for lesson in lessons:
         lines += [f"  L{parent} {'-.->' if further else '-->'} L{lesson['number']}"
-                  for further, parent in enumerate(lesson["parents"])]
+                  for further, parent in enumerate(lesson["parents"]) if parent in numbers]
     if ready:
         lines += [f'  click L{lesson["number"]} "{base}{lesson["folder"]}"' for lesson in ready]
         lines += ["  classDef ready fill:#cdeac0,stroke:#2f6b2f,color:#102a10",
