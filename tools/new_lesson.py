@@ -35,30 +35,17 @@ README = """# Lesson {number}: {name}
 *{title}*, {written}.
 {paper}
 
-> **Convention.** TODO
-
 ![TODO](results/denoising.gif)
 
 ## The paper in three sentences
 
 TODO
 
-## What is new since lesson {parent}
-
-TODO
-
-<!-- lineage:start -->
-<!-- lineage:end -->
-
 ## The idea and its equations
 
 TODO
 
-## From equation to line
-
-| paper | code |
-|---|---|
-| TODO | `model.py` |
+> **Convention.** TODO
 
 ## Run it
 
@@ -78,6 +65,22 @@ TODO
 | | claim | paper | here | verdict |
 |---|---|---|---|---|
 | (a) | TODO | | | |
+
+## What is new since lesson {parent}
+
+<details>
+<summary>TODO: in one line</summary>
+
+<!-- lineage:start -->
+<!-- lineage:end -->
+
+</details>
+
+## From equation to line
+
+| paper | code |
+|---|---|
+| TODO | `model.py` |
 
 ## Differences from the paper
 

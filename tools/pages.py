@@ -287,8 +287,9 @@ def wrong_maths(text):
             yield run.line, f"{brief(formula)}: GitHub shows no maths within a link"
         if run.end in ("/em", "/strong") and run.text.endswith(formula + "$"):
             yield run.line, f"{brief(formula)}: at the very end of emphasis it stays a dollar: let a full stop follow"
-    for match in re.finditer(r"\$`[^`]+`\$|^[ >]*```+ *math", text, re.M):
-        yield text.count("\n", 0, match.start()) + 1, "maths in backticks is GitHub's alone: write $...$ or $$...$$"
+    backticks = [run.line for run in page.runs if run.end == "code" and run.text.endswith("$")]
+    for line in backticks + [line for line, language, _ in page.code if language == "math"]:
+        yield line, "maths in backticks is GitHub's alone: write $...$ or $$...$$"
 
 
 def wide_tables(text):
