@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from conftest import load
-from tools import frontpage, lineage, pages
+from tools import frontpage, lineage, notebook, pages
 from utils import UserError
 from utils.config import OVERLAYS
 
@@ -121,7 +121,7 @@ def test_what_a_run_writes_is_not_in_git():
 
 
 def test_notebook_is_small(folder):
-    assert len(text(folder, "notebook.ipynb").encode()) < MB           # its content: test_tools_notebook.py
+    assert len(text(folder, "notebook.ipynb").encode()) < notebook.MAX_NOTEBOOK   # what it holds: test_tools_notebook
 
 
 @pytest.mark.parametrize("name", ["samples.png", "denoising.gif", "loss.png", "claim.png"])

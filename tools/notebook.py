@@ -6,287 +6,33 @@
                                                         in this process, which spares the start of a kernel
     python -m tools.notebook check --all                exit 1 when a notebook is stale, failed or too big
 
-The text of README.md becomes text cells, split at `## ` headings. Invisible markers become code cells:
-
-    <!-- cell: model.py imports -->                  imports and module-level constants of model.py; what stands
-                                                     in earlier.py is imported like this, not shown
-    <!-- cell: model.py ResBlock UNet -->            these definitions, verbatim, in this order
-    <!-- cell: model.py -->                          the whole file without its `if __name__` block
-    <!-- cell: train steps=300 -->                   result = train.main(["steps=300"]); also sample, reproduce
-    <!-- cell: python                                the code as it stands
-    grid(result)
-    -->
+Which cells README.md asks for, and how: tools/cells.py.
 """
 import argparse
-import ast
 import base64
-import difflib
 import hashlib
-import json
-import mimetypes
+import io
 import os
-import posixpath
 import re
 import shutil
 import sys
 import tempfile
-import textwrap
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import unquote
 
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from tools.frontpage import REPOSITORY
+from tools.cells import NotebookError, read_cells
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "sample", "reproduce")
-MAX_PICTURE, MAX_NOTEBOOK = 150_000, 1_000_000       # bytes
+MAX_NOTEBOOK = 500_000                               # bytes
+SIZES = ((838, 32, 24), (838, 16, 16), (720, 12, 12), (600, 8, 8))   # of a stored picture: width, colours, frames
 METADATA = {
     "accelerator": "GPU",                            # Colab offers a GPU at once
     "colab": {"gpuType": "T4"},
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-
-SETUP = '''\
-# @title Set up: on Colab, fetch the course and what it needs; elsewhere, do nothing
-import os, re, subprocess, sys, tempfile
-from importlib import metadata
-from pathlib import Path
-
-if "google.colab" in sys.modules:
-    root = Path("/content") / "{name}"
-    if not root.exists():
-        subprocess.run(["git", "clone", "-q", "--depth=1", "https://github.com/{repository}", str(root)], check=True)
-    os.chdir(root / "{lesson}")
-    sys.path[:0] = [str(root / "{lesson}"), str(root)]
-    tidy = lambda name: re.sub(r"[-_.]+", "-", name).lower()
-    have = {{tidy(package.metadata["Name"]): package.version for package in metadata.distributions()}}
-    lines = [line.split("#")[0].strip() for line in (root / "requirements.txt").read_text().splitlines()]
-    missing = [line for line in lines if line[:1].isalnum() and tidy(re.match(r"[\\w.-]+", line)[0]) not in have]
-    if missing:                                      # what Colab has stays as it is, above all its torch
-        keep = Path(tempfile.mkdtemp()) / "keep.txt"
-        keep.write_text("".join(f"{{p}}=={{have[p]}}\\n" for p in ("torch", "torchvision", "numpy") if p in have))
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-c", str(keep), *missing], check=True)
-
-# SMOKE=1 in the environment makes every run tiny and keeps it out of this folder: the tests use it.
-SMOKE = ["smoke=true", f"runs={{tempfile.mkdtemp()}}"] if os.environ.get("SMOKE") == "1" else []'''
-
-
-class NotebookError(Exception):
-    """A mistake in one line, with the file and line where there is one."""
-
-
-@dataclass
-class Cell:
-    kind: str                                        # "markdown" or "code"
-    key: str                                         # what its id is made from
-    source: str
-    line: int                                        # in README.md
-    attachments: dict = field(default_factory=dict)
-    id: str = ""
-
-
-# ---------------------------------------------------------------------- README.md -> cells
-def read_cells(root: Path, lesson: str) -> list[Cell]:
-    """The cells that README.md asks for, in order, each with its id."""
-    folder, readme = root / lesson, f"{lesson}/README.md"
-    lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
-    cells, text, heading, fence, number = [], [], "", "", 0
-
-    def end_text(last):
-        source = "\n".join(text).rstrip()
-        start = last - len(text) + 1 + len(source) - len(source.lstrip("\n"))
-        source, attachments = source.lstrip("\n"), {}
-        if re.sub(r"<!--.*?-->", "", source, flags=re.DOTALL).strip():
-            source = rewrite_links(root, lesson, source, start, attachments)
-            cells.append(Cell("markdown", f"text {heading}", source, start, attachments))
-        text.clear()
-
-    while number < len(lines):
-        line, number = lines[number], number + 1
-        in_code, fence = fence, next_fence(fence, line)
-        if not (in_code or fence) and re.search(r"(?<!`)<!--\s*cell\b", line):
-            end_text(number - 1)
-            first = number
-            while "-->" not in line and number < len(lines):
-                line, number = line + "\n" + lines[number], number + 1
-            try:
-                match = re.fullmatch(r"<!--\s*cell:\s*((?:(?!-->|<!--).)*?)\s*-->\s*", line, re.DOTALL)
-                if not match:
-                    raise NotebookError("a marker is <!-- cell: ... --> and stands alone")
-                kind, source = code_of(folder, match[1])
-            except NotebookError as error:
-                raise NotebookError(f"{readme}:{first}: {error}") from None
-            cells.append(Cell("code", f"python {heading}" if kind == "python" else match[1], source, first))
-            continue
-        if not (in_code or fence) and line.startswith("## "):
-            end_text(number - 1)
-            heading = line[3:].strip()
-        text.append(line)
-    end_text(number)
-
-    if not any(cell.kind == "code" for cell in cells):
-        raise NotebookError(f"{readme}: no marker <!-- cell: ... --> in it")
-    setup = SETUP.format(name=REPOSITORY.split("/")[1], repository=REPOSITORY, lesson=lesson)
-    cells.insert(int(cells[0].kind == "markdown"), Cell("code", "set up", setup, 1))
-    seen = Counter()
-    for cell in cells:
-        cell.id = hashlib.sha256(f"{cell.key}\n{seen[cell.key]}".encode()).hexdigest()[:12]
-        seen[cell.key] += 1
-    return cells
-
-
-def next_fence(fence: str, line: str) -> str:
-    """The code fence that is open after this line; "" for none."""
-    match = re.match(r"\s*(`{3,}(?=[^`]*$)|~{3,})(.*)", line)
-    if not match or (fence and (match[2].strip() or not match[1].startswith(fence))):
-        return fence
-    return "" if fence else match[1]
-
-
-def code_of(folder: Path, marker: str) -> tuple[str, str]:
-    """Kind and source of the code cell that a marker asks for."""
-    kind, rest = re.fullmatch(r"(\S*)(.*)", marker, re.DOTALL).groups()
-    if kind == "python":
-        if not rest.strip():
-            raise NotebookError("a python marker without code")
-        return kind, textwrap.dedent(rest.lstrip(" ")).strip()
-    if kind in SCRIPTS:
-        find_file(folder, f"{kind}.py")
-        for value in rest.split():
-            if "=" not in value:
-                raise NotebookError(f"{kind} takes key=value, not {value!r}")
-        arguments = "".join(f"{json.dumps(value)}, " for value in rest.split())
-        return kind, f"import {kind}\n\nresult = {kind}.main([{arguments}*SMOKE])"
-    if kind.endswith(".py"):
-        return kind, definitions(find_file(folder, kind), rest.split())
-    raise NotebookError(f"{kind!r} is not a kind of cell: a file.py, python, {', '.join(SCRIPTS)}")
-
-
-def find_file(folder: Path, name: str) -> Path:
-    if not (folder / name).is_file():
-        raise NotebookError(f"no file {name} in {folder.name}")
-    return folder / name
-
-
-# ---------------------------------------------------------------------- definitions, verbatim
-def definitions(path: Path, names: list[str]) -> str:
-    """The source of the named top-level definitions; no names: the whole file; "imports": see the top."""
-    source = path.read_text(encoding="utf-8")
-    lines = source.splitlines()
-    try:
-        body = ast.parse(source).body
-    except SyntaxError as error:
-        raise NotebookError(f"{path.name}, line {error.lineno}: {error.msg}") from None
-
-    def span(node):
-        """First and last line, with the decorators and the comment block directly above."""
-        first = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
-        while first > 1 and lines[first - 2].startswith("#"):
-            first -= 1
-        return first, node.end_lineno
-
-    def text(first, last):
-        return "\n".join(lines[first - 1:last])
-
-    if not names:
-        for node in reversed(body):
-            if isinstance(node, ast.If) and "__name__" in ast.dump(node.test):
-                first, last = span(node)
-                del lines[first - 1:last]
-        return "\n".join(lines).strip("\n")
-
-    known, imports, later = {}, [], set()            # later: names that need a definition of the file
-    taken = {}                                       # imported name: where from
-    for node in body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            known[node.name] = span(node)
-            later.add(node.name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            imports.append(span(node))
-            taken.update({alias.asname or alias.name: getattr(node, "module", alias.name) for alias in node.names})
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            used = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
-            targets = {part.id for part in used if isinstance(part.ctx, ast.Store)}
-            known.update(dict.fromkeys(targets, span(node)))
-            if later.isdisjoint(part.id for part in used):
-                imports.append(span(node))
-            else:
-                later |= targets
-
-    pieces = []
-    for name in names:
-        if name == "imports":
-            block, end = "", None
-            for first, last in dict.fromkeys(imports):
-                block += "" if end is None else "\n" if first == end + 1 else "\n\n"
-                block, end = block + text(first, last), last
-            pieces.append(block)
-        elif name in known:
-            pieces.append(text(*known[name]))
-        elif name in taken:
-            where = "stands in earlier.py now" if taken[name] == "earlier" else f"belongs to {taken[name]}"
-            raise NotebookError(f"{path.name} only imports {name}: it {where}; leave it out, "
-                                f"the cell `{path.name} imports` brings it")
-        else:
-            near = difflib.get_close_matches(name, known, 1)
-            raise NotebookError(f"{path.name} defines no {name}" + (f"; did you mean {near[0]}?" if near else ""))
-    return "\n\n\n".join(pieces)
-
-
-# ---------------------------------------------------------------------- links and pictures
-# Code blocks, inline code and maths hold no links; none of the last two runs over an empty line.
-SKIP = (r"(?ms:^[ ]*(?P<fence>```+(?=[^`\n]*$)|~~~+).*?(?:^[ ]*(?P=fence)[`~]*[ ]*$|\Z))"
-        r"|(?P<tick>`+)(?:(?!\n\n)[\s\S])+?(?<!`)(?P=tick)(?!`)"
-        r"|\$\$(?:(?!\n\n)[\s\S])+?\$\$|(?<!\\)\$(?!\s)(?:(?!\n\n)[^$])+?(?<!\s)\$(?!\d)|")
-PICTURE = re.compile(SKIP + r"(?P<head>!\[[^\]]*\]\()(?P<target>[^)\s]+)")
-LINK = re.compile(SKIP + r"(?P<head>(?<!!)\[(?:!\[[^\]]*\]\([^)]*\)|[^\[\]])*\]\()(?P<target>[^)\s]+)")
-SOURCE = re.compile(SKIP + r"(?P<head><img\b[^>]*?\bsrc=\")(?P<target>[^\"]+)")
-ANCHOR = re.compile(SKIP + r"(?P<head><a\b[^>]*?\bhref=\")(?P<target>[^\"]+)")
-
-
-def rewrite_links(root: Path, lesson: str, text: str, start: int, attachments: dict) -> str:
-    """The text with small pictures as attachments and every other relative link as an address on GitHub."""
-    def raw(target, path):
-        if not (root / path).is_file():
-            raise NotebookError(f"no picture {target}")
-        return f"https://raw.githubusercontent.com/{REPOSITORY}/main/{path}"
-
-    def attach(target, path):
-        url, mime = raw(target, path), mimetypes.guess_type(path)[0]
-        data = (root / path).read_bytes()
-        if len(data) >= MAX_PICTURE or mime not in ("image/png", "image/jpeg", "image/gif"):
-            return url
-        name = re.sub(r"[^\w.-]+", "_", posixpath.relpath(path, lesson))
-        attachments[name] = {mime: base64.b64encode(data).decode()}
-        return f"attachment:{name}"
-
-    def page(target, path):
-        kind = "blob" if "." in posixpath.basename(path) else "tree"             # a file or a folder
-        return f"https://github.com/{REPOSITORY}/{kind}/main/{path}{''.join(target.partition('#')[1:])}"
-
-    def change(address):
-        def one(match):
-            target = match["target"]
-            if target is None or re.match(r"[a-zA-Z][\w+.-]*:|/", target):
-                return match[0]                      # no link, or an absolute one
-            path = posixpath.normpath(posixpath.join(lesson, unquote(target.partition("#")[0]) or "README.md"))
-            try:
-                if path.startswith(".."):
-                    raise NotebookError(f"{target} is outside the repository")
-                return match["head"] + address(target, path)
-            except NotebookError as error:
-                line = start + match.string.count("\n", 0, match.start("target"))
-                raise NotebookError(f"{lesson}/README.md:{line}: {error}") from None
-        return one
-
-    for pattern, address in ((PICTURE, attach), (LINK, page), (SOURCE, raw), (ANCHOR, page)):
-        text = pattern.sub(change(address), text)
-    return text
 
 
 # ---------------------------------------------------------------------- build
@@ -296,8 +42,6 @@ def make(root: Path, lesson: str):
     made = []
     for cell in cells:
         made.append((new_code_cell if cell.kind == "code" else new_markdown_cell)(cell.source, id=cell.id))
-        if cell.attachments:
-            made[-1].attachments = cell.attachments
         if cell.key == "set up":
             made[-1].metadata = {"cellView": "form"}                             # Colab shows its title only
     notebook = nbformat.from_dict(new_notebook(metadata=METADATA, cells=made) | {"nbformat_minor": 5})
@@ -368,6 +112,10 @@ def execute(root: Path, lesson: str, smoke: bool = False, here: bool = False) ->
         run(notebook, folder, environment, lambda cell: f"{lesson}/README.md:{lines[cell.id]}")
     if not smoke:
         clean(notebook, root)
+        fit(notebook)
+        for cell in code_cells(notebook):
+            if (shown := digest(path.parent, cell)) and cell.outputs:
+                cell.outputs[0].metadata["shows"] = shown
         save(notebook, path)
     return path
 
@@ -412,6 +160,10 @@ def run_cells_here(notebook, folder: Path, environment: dict, place):
         done = shell.run_cell(cell.source)           # prints the traceback of an error
         if error := done.error_before_exec or done.error_in_exec:
             raise NotebookError(f"{place(cell)}: {type(error).__name__}: {' '.join(str(error).split())}")
+        for name, value in shell.user_ns.items():
+            if type(value).__module__ == "model":
+                raise NotebookError(f"{place(cell)}: {name} is made by model.py: an edit of the notebook's "
+                                    f"{type(value).__name__} would not change it")
 
 
 def mirror(root: Path, lesson: str, copy: Path):
@@ -470,6 +222,34 @@ def clean(notebook, root: Path):
         cell.outputs = [nbformat.from_dict(normalise(output)) for output in kept if output.get("text", "-").strip()]
 
 
+def fit(notebook):
+    """Make the stored pictures smaller, the largest first, until the notebook is well below MAX_NOTEBOOK."""
+    from PIL import Image
+
+    from utils.images import animated_png, evenly, frames
+
+    def stored(content, width, colours, most):
+        parts, times = frames(Image.open(io.BytesIO(content)))
+        chosen = evenly(len(parts), min(len(parts), most))
+        times = [sum(times[i:j]) for i, j in zip(chosen, [*chosen[1:], None])]
+        size = (width, round(parts[0].height * width / parts[0].width)) if parts[0].width > width else parts[0].size
+        return base64.b64encode(animated_png([parts[i].resize(size) for i in chosen], times, colours)).decode()
+
+    pictures = [(output.data, base64.b64decode(output.data["image/png"]), list(SIZES)) for cell in code_cells(notebook)
+                for output in cell.outputs if "image/png" in output.get("data", {})]
+    for data, content, sizes in pictures:
+        data["image/png"] = stored(content, *sizes.pop(0))
+    while len(nbformat.writes(notebook)) > 0.96 * MAX_NOTEBOOK and any(sizes for *_, sizes in pictures):
+        data, content, sizes = max((one for one in pictures if one[2]), key=lambda one: len(one[0]["image/png"]))
+        data["image/png"] = stored(content, *sizes.pop(0))
+
+
+def digest(folder: Path, cell) -> str | None:
+    """Of the file that a cell shows; None for other cells."""
+    match = re.fullmatch(r'show\("(.+)"\)', cell.source)
+    return hashlib.sha256((folder / match[1]).read_bytes()).hexdigest()[:12] if match else None
+
+
 # ---------------------------------------------------------------------- check
 # An absolute path of two parts or more. Not /content (Colab), not the slashes of an address.
 MACHINE_PATH = re.compile(r"(?<![\w./:~<\\-])(?:/(?!content/|dev/null)[A-Za-z][\w.-]*/[\w.-]+|[A-Z]:\\\w[^\s\"']*)")
@@ -490,12 +270,12 @@ def check(root: Path, lesson: str) -> list[str]:
 
     problems = []
     if (size := path.stat().st_size) >= MAX_NOTEBOOK:
-        problems.append(f"{name}: {size / 1e6:.2f} MB, must be under {MAX_NOTEBOOK / 1e6:g} MB")
+        problems.append(f"{name}: {size / 1e3:.0f} kB, must be under {MAX_NOTEBOOK / 1e3:g} kB")
     if notebook.metadata != wanted.metadata:
         problems.append(f"{name}: the notebook's metadata is not what build makes (widget state?); {again}")
 
     def content(cell):
-        return cell.id, cell.cell_type, cell.source, cell.metadata, cell.get("attachments")
+        return cell.id, cell.cell_type, cell.source, cell.metadata
 
     for index, (have, want) in enumerate(zip(notebook.cells, wanted.cells)):
         if content(have) != content(want):
@@ -511,6 +291,9 @@ def check(root: Path, lesson: str) -> list[str]:
             problems.append(f"{where} was not run, or not in order; {again}")
         for error in errors(cell):
             problems.append(f"{where} ended in {error.ename}: {' '.join(error.evalue.split())}")
+        shown = digest(path.parent, cell)
+        if shown and cell.outputs and cell.outputs[0].metadata.get("shows") != shown:
+            problems.append(f"{where} does not show the picture as it is now; {again}")
         if found := machine_path(cell.outputs):
             problems.append(f"{where} prints the machine's path {found}; {again}")
     return problems

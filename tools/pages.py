@@ -20,7 +20,7 @@ from urllib.parse import unquote
 import cmarkgfm
 from cmarkgfm.cmark import Options
 
-from tools import frontpage, notebook
+from tools import cells, frontpage, notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMN = 838                                           # pixels of text on a page of GitHub,
@@ -343,7 +343,7 @@ def broken_links(text, page, root=ROOT):
 
 def targets(text):
     """(target, line) of the links and pictures of a page; code and maths hold none."""
-    for pattern in (notebook.PICTURE, notebook.SOURCE, notebook.LINK, notebook.ANCHOR):
+    for pattern in (cells.PICTURE, cells.SOURCE, cells.LINK, cells.ANCHOR):
         for match in pattern.finditer(text):
             if match["target"]:
                 yield match["target"], text.count("\n", 0, match.start("target")) + 1

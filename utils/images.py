@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from .data import to_uint8
 from .errors import Diverged
@@ -69,13 +69,13 @@ def save_gif(frames, path, columns=None, scale=2, seconds=4.0, hold=1.5):
     not below 8, where it would have GIF_BYTES or more.
     """
     count = min(len(frames), GIF_FRAMES)
-    while len(content := _gif([grid(frames[i], columns, scale) for i in _evenly(len(frames), count)],
+    while len(content := _gif([grid(frames[i], columns, scale) for i in evenly(len(frames), count)],
                               seconds, hold)) >= GIF_BYTES and count > 8:
         count = max(8, min(count - 1, count * GIF_BYTES // len(content)))
     return _write(path, lambda file: file.write(content))
 
 
-def _evenly(n, count):
+def evenly(n, count):
     """`count` of the numbers 0 to n - 1, evenly spaced, both ends included."""
     return [round(i * (n - 1) / max(count - 1, 1)) for i in range(count)]
 
@@ -94,6 +94,38 @@ def _gif(pictures, seconds, hold):
     content = io.BytesIO()
     pictures[0].save(content, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
     return content.getvalue()
+
+
+def frames(picture):
+    """The frames of a PIL image and how long each is shown: ([image], [milliseconds])."""
+    parts = [(part.convert("RGB"), part.info.get("duration", 0)) for part in ImageSequence.Iterator(picture)]
+    return [part for part, _ in parts], [duration for _, duration in parts]
+
+
+def animated_png(parts, durations, colours=256):
+    """Images of one size, each shown for its milliseconds, as a PNG of at most so many colours, in bytes."""
+    width, height = parts[0].size
+    strip = Image.new("RGB", (width, height * len(parts)))              # one palette for all of them
+    for i, part in enumerate(parts):
+        strip.paste(part, (0, i * height))
+    strip = strip.quantize(colours, dither=Image.Dither.NONE)
+    first, *rest = (strip.crop((0, i * height, width, (i + 1) * height)) for i in range(len(parts)))
+    content = io.BytesIO()
+    first.save(content, "PNG", optimize=True,
+               **({"save_all": True, "append_images": rest, "duration": durations, "loop": 0} if rest else {}))
+    return content.getvalue()
+
+
+def show(picture, columns=None, scale=2):
+    """Draw in a notebook: the file of a picture, or images (N, C, H, W) in [-1, 1] as a grid.
+
+    An animation becomes an animated PNG: neither GitHub nor nbconvert draws the GIFs that a notebook holds.
+    """
+    from IPython.display import Image as Output
+    from IPython.display import display
+
+    picture = grid(picture, columns, scale) if torch.is_tensor(picture) else Image.open(picture)
+    display(Output(animated_png(*frames(picture)), format="png"))
 
 
 def save_npz(x, path, labels=None):
