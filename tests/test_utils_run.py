@@ -185,8 +185,9 @@ def test_weights_then_numbers_then_pictures_then_publishing(launch, lesson):
     wrote = [line.split("/")[-2:] for line in process.out.splitlines() if "WROTE" in line]
     run, results = "001", "results"
     assert wrote[wrote.index([run, "weights.safetensors"]):] == [
-        [run, "weights.safetensors"], [run, "results.json"], [results, "results.json"], [run, "loss.png"],
-        [results, "weights.safetensors"], [results, "loss.png"]]
+        [run, "weights.safetensors"], [run, "results.json"], [results, "results.json"], [run, "run.json"],
+        [run, "loss.png"], [results, "weights.safetensors"], [results, "loss.png"], [run, "previous.pt"],
+        [run, "last.pt"]]                              # at last what a longer run may go on from
 
 
 def test_a_broken_matplotlib_costs_the_curve_only(launch, straight, tmp_path):
@@ -346,7 +347,8 @@ def test_two_loops_are_one_run(two_loops, tmp_path, capsys):
     assert networks == [(step, "teacher") for step in range(7)] + [(step, "student") for step in range(7, 12)]
     assert [step for step, _ in outcome(result.folder)[2]] == [3, 6, 7, 9, 12]         # no line is of both
     assert result.steps == 12 and result.parameters == 784 * 785
-    assert read_checkpoint(result.folder / "last.pt", "lesson_05")["step"] == 8
+    assert read_checkpoint(result.folder / "last.pt", "lesson_05")["step"] == 12
+    assert read_checkpoint(result.folder / "previous.pt", "lesson_05")["step"] == 8
     assert outcome(teacher_and_student(tmp_path)[0].folder) == outcome(result.folder)
     out = capsys.readouterr().out
     assert out.count("training lesson_05 on") == 1 and "| 7/7 [" in out and "| 12/12 [" in out
