@@ -29,7 +29,7 @@ def main(argv=None):
     sizes = [min(cfg.batch, cfg.n - i) for i in range(0, cfg.n, cfg.batch)]
     x = torch.cat([diffusion.sample(net, size, cfg.steps, shape, generator) for size in sizes])
     seconds = run.clock() - start
-    run.output(save_grid, picture(x), "samples.png")
+    run.output(save_grid, picture(x), cfg.out)
     print(f"{cfg.n} {kind}, {cfg.steps} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)

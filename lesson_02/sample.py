@@ -23,11 +23,13 @@ def main(argv=None):
         raise UserError("npz, metrics and gif are for digits, and these weights draw something else: leave them out")
     chain, net = run.place(chain, weights.load(net))
     steps = chain.timesteps - 1 if "bits" in weights.config else min(cfg.steps, chain.timesteps - 1)
+    if steps != cfg.steps:
+        run.refuse("steps", f"of {steps} steps, {'all are' if 'bits' in weights.config else 'no more can be'} taken")
     generator, shape, start = run.generator(), shape_of(weights.config), run.clock()
     sizes = [min(cfg.batch, cfg.n - i) for i in range(0, cfg.n, cfg.batch)]
     x = torch.cat([draw(chain, net, size, steps, shape, generator) for size in sizes])
     seconds = run.clock() - start
-    run.output(save_grid, picture(x), "samples.png")
+    run.output(save_grid, picture(x), cfg.out)
     print(f"{cfg.n} samples, {steps} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)

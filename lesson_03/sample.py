@@ -26,7 +26,7 @@ def main(argv=None):
     start = run.clock()
     x = draw(ncsn, net, cfg.n, cfg.steps, cfg.epsilon, run.generator(), cfg.batch)
     seconds = run.clock() - start
-    run.output(save_grid, x[:64], "samples.png")
+    run.output(save_grid, x[:64], cfg.out)
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)

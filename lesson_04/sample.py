@@ -23,7 +23,7 @@ def main(argv=None):
     start = run.clock()
     x = draw(ncsn, net, cfg.n, cfg.steps, run.generator(), cfg.denoise, cfg.batch)
     seconds = run.clock() - start
-    run.output(save_grid, x[:64], "samples.png")
+    run.output(save_grid, x[:64], cfg.out)
     calls = ncsn.levels * cfg.steps + cfg.denoise
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:

@@ -28,7 +28,7 @@ def main(argv=None):
     way, start = {"predictor": cfg.predictor, "corrections": cfg.corrections, "snr": cfg.snr}, run.clock()
     x, calls = draw(sde, net, cfg.n, cfg.steps, run.generator(), cfg.batch, cfg.sampler, cfg.rtol, **way)
     print(f"{cfg.n} digits, {calls} network calls each, in {(seconds := run.clock() - start):.1f} s")
-    run.output(save_grid, x[:64], "samples.png")
+    run.output(save_grid, x[:64], cfg.out)
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:

@@ -25,7 +25,7 @@ def main(argv=None):
     start = run.clock()
     x = draw(ddpm, net, cfg.n, cfg.steps, generator, cfg.clip, cfg.batch, cfg.skip)
     seconds, calls = run.clock() - start, len(ddpm.times(cfg.steps, cfg.skip))
-    run.output(save_grid, x[:64], "samples.png")
+    run.output(save_grid, x[:64], cfg.out)
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)

@@ -24,7 +24,7 @@ def main(argv=None):
     z0, begin = starts(cfg.source, cfg.n, cfg.seed).to(run.device), run.clock()
     x, calls = draw(flow, net, z0, cfg)
     seconds = run.clock() - begin
-    run.output(save_grid, x[:64], "samples.png")
+    run.output(save_grid, x[:64], cfg.out)
     print(f"{len(x)} digits of {cfg.model}, network calls each: {calls}, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)

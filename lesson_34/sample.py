@@ -31,7 +31,7 @@ def main(argv=None):
     start = run.clock()
     x = draw(flow, net, words, texts, cfg, run.generator())
     seconds, calls = run.clock() - start, cfg.steps * passes(cfg)
-    run.output(save_grid, x[:90], "samples.png", columns=10)
+    run.output(save_grid, x[:90], cfg.out, columns=10)
     print(f"{cfg.n} digits of the {cfg.model}, {calls} network calls each, in {seconds:.1f} s; the first: {texts[0]!r}")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz, labels=digit)

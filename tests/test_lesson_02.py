@@ -409,6 +409,9 @@ def test_points_and_bits_can_be_trained_and_drawn(data, shape, tmp_path):
     assert x.shape == shape and x.isfinite().all()
     with pytest.raises(UserError, match="gif"):
         load("lesson_02", "sample").main([*keys, "n=30", "gif=way.gif"])
+    why = "steps=99: of 19 steps, " + ("all are taken" if data == "heartbeat" else "no more can be taken")
+    with pytest.raises(UserError, match=why):          # 19 is T - 1 in smoke mode
+        load("lesson_02", "sample").main([*keys, "n=30", "steps=99"])
 
 
 # ------------------------------------------------------------------ diffusers

@@ -463,6 +463,7 @@ def test_churn_is_refused_where_algorithm_2_does_not_say_how(keys, tmp_path):
 
 def test_scores_of_other_ways_have_names_of_their_own(tmp_path, monkeypatch):
     sample, names = load("lesson_20", "sample"), []
+    monkeypatch.setattr("utils.run.check_number", lambda n: None)
     monkeypatch.setattr(sample, "score", lambda x: {})
     monkeypatch.setattr(sample, "report", str)
     monkeypatch.setattr(sample.Run, "record", lambda run, name, **entry: names.append(name))

@@ -601,11 +601,11 @@ def test_sample_py_uses_its_shift_its_guidance_and_the_captions_of_test_images(t
     monkeypatch.setattr(sample, "score", lambda x, digit: {"fid": 0.0})
     monkeypatch.setattr(sample, "report", str)
     monkeypatch.setattr(sample.captions, "follow", lambda x, texts: {})
-    sample.main(["device=cpu", "weights=published", "n=64", "steps=3", "shift=3", "official=true", "guidance=2.5",
+    sample.main(["device=cpu", "weights=published", "n=100", "steps=3", "shift=3", "official=true", "guidance=2.5",
                  "encoders=[1, 0, 1]", "metrics=true", f"runs={tmp_path}"])
     texts, grid, w, encoders = seen[0]
     assert grid == RectifiedFlow().grid(3, 3.0, official=True).tolist() and (w, encoders) == (2.5, [1, 0, 1])
-    test = reproduce.text.captioned("test", limit=64, without_held_out=False).captions
+    test = reproduce.text.captioned("test", limit=100, without_held_out=False).captions
     assert texts == [said[0] for said in test]
 
 

@@ -264,7 +264,7 @@ def test_config_has_its_sections(folder):
     config = yaml.safe_load(text(folder, "config.yaml"))
     assert {"train", "sample", "reproduce", "gpu", "smoke"} <= set(config)
     assert set(config) - {*SCRIPTS, *OVERLAYS}, "no section for a network"
-    assert {"n", "steps", "weights", "gif", "npz", "metrics"} <= set(config["sample"])
+    assert {"n", "steps", "weights", "out", "gif", "npz", "metrics"} <= set(config["sample"])
     for overlay in set(OVERLAYS) & set(config):
         for section, keys in config[overlay].items():
             assert set(keys) <= set(config[section]), f"{overlay}: {section} has no such key"
@@ -470,7 +470,8 @@ def chain(folder, tmp_path_factory):
     try:
         trained = load(folder, "train").main(keys)
         hook.remove()
-        sampled = load(folder, "sample").main([*keys, "n=100", "gif=way.gif", "npz=array.npz", "metrics=true"])
+        sampled = load(folder, "sample").main([*keys, "n=100", "out=mine.png", "gif=way.gif", "npz=array.npz",
+                                                 "metrics=true"])
         patch.setattr("utils.images.save_losses", lambda records, path: path)          # train.py has drawn its own
         claim = load(folder, "reproduce").main(keys)
     finally:
@@ -506,7 +507,8 @@ def test_network_learns_in_training_mode_at_every_step(chain):
 def test_sampling_returns_and_writes(chain):
     x, run = chain.sampled, chain.runs / "001"         # beside the weights that it used
     assert torch.is_tensor(x) and x.shape == (100, 1, 28, 28) and x.isfinite().all() and not x.requires_grad
-    assert {"samples.png", "way.gif", "array.npz", "results.json"} <= {path.name for path in run.iterdir()}
+    written = {path.name for path in run.iterdir()}
+    assert {"mine.png", "way.gif", "array.npz", "results.json"} <= written and "samples.png" not in written
     array = np.load(run / "array.npz")["arr_0"]
     assert array.dtype == np.uint8 and array.shape == (100, 28, 28, 1)
     assert np.abs(array[..., 0] - ((x[:, 0].float().cpu().clamp(-1, 1) + 1) * 127.5).numpy()).max() <= 0.51

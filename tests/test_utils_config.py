@@ -4,7 +4,7 @@ import pytest
 
 from conftest import ROOT
 from utils import bounds
-from utils.config import COMMON, OVERLAYS, QUICK, SCRIPTS, _set, help_text, load, parse, read, read_bounds
+from utils.config import COMMON, KINDS, OVERLAYS, QUICK, SCRIPTS, _set, help_text, load, parse, read, read_bounds
 from utils.errors import UserError
 
 TEXT = """\
@@ -19,6 +19,8 @@ unet:                 # the network
   sigma: auto         # auto|>0.0: the largest noise
   low: -20.0          # any: lowest log-SNR
   rate: 1             # >0.0: a number that is written without a point
+  scale: 1.0          # >0.0 if kind=vp|sub-vp or deep: of the process
+  deep: false         # true|false: more layers
 
 train:
   steps: 100          # >=1: how long
@@ -27,11 +29,15 @@ train:
   lr: 2e-3            # >0.0: learning rate
   warmup: 10
   resume: false       # go on
-  note: ""
+  note: ""            # text: what you like
 
 sample:
   n: 64               # >=1: images
-  steps: 50
+  steps: 50           # >=1 unless solver=free: of the sampler
+  solver: fixed       # fixed|free: of the equation
+  labels: ""          # text unless guidance=0: digits
+  guidance: 1.0       # any unless labels=none: how much
+  out: samples.png    # the picture
 
 gpu:
   unet:
@@ -70,7 +76,7 @@ def test_values_and_common_keys(path):
     assert config.train.lr == 2e-3 and isinstance(config.train.lr, float)
     assert config.train.seed == 0 and config.train.device == "auto" and config.train.runs == "runs"
     assert dict(config.unet) == dict(channels=32, mults=[1, 2], widths=[1, 2], scales=[0.5, 1.0], shares=[1, 0.5],
-                                     dropout=0.0, kind="vp", sigma="auto", low=-20.0, rate=1.0)
+                                     dropout=0.0, kind="vp", sigma="auto", low=-20.0, rate=1.0, scale=1.0, deep=False)
     assert isinstance(config.unet.rate, float)         # its bound says that it is one
     assert set(COMMON) <= set(config.train.keys()) and not set(COMMON) & set(config.sample.keys())
 
@@ -181,7 +187,7 @@ def test_an_unknown_key_names_the_nearest(path, argument, nearest):
     ("sigma=large", "sigma must be auto or a number above 0.0, not 'large'"),
     ("sigma=[1.0]", "sigma must be auto or a number above 0.0, not [1.0]"),
     ("sigma=true", "sigma must be auto or a number above 0.0, not True"),
-    ("threads=-1", "threads must be a whole number of at least 0, not -1"),
+    ("threads=-1", "threads must be a whole number from 0 to 1024, not -1"),
     ("seed=-1", "seed must be a whole number of at least 0 and below 9e15, not -1"),
     ("seed=99999999999999999999", "and below 9e15"),
     ("device=tpu", "device must be auto, cpu or cuda, not 'tpu'"),
@@ -189,6 +195,13 @@ def test_an_unknown_key_names_the_nearest(path, argument, nearest):
     ("precision=fp8", "precision must be auto, fp32, bf16 or fp16, not 'fp8'"),
     ("gpu=maybe", "gpu must be true, false or auto, not 'maybe'"),
     ("gpu=1", "gpu must be true, false or auto, not 1"),
+    ("steps=1000000001", "steps must be at most 1000000000"),
+    ("sample.n=1000000000000", "n must be at most 1000000000"),
+    ("widths=[1, 1000000001]", "widths must be at most 1000000000"),
+    ("deep=3", "deep takes true or false (such as false), not 3"),
+    ("debug=maybe", "debug takes true or false"),
+    ("lr=&a [*a]", "is not readable: an alias (&, *) puts one value in two places"),
+    ("unet.mults=" + "[" * 5000, "is not readable"),
     ("steps", "write arguments as key=value"),
     ("=3", "write arguments as key=value"),
     ("--", "write arguments as key=value")])
@@ -217,10 +230,28 @@ def test_a_bad_value_is_one_line(path, argument, part):
     ("train:\n  device: tpu\n", "train.device must be auto, cpu or cuda, not 'tpu'"),
     ("train:\n  n: 5  # >=1: x\nsmoke:\n  train:\n    n: 0\n",
      "config.yaml, section smoke: n must be a whole number of at least 1, not 0"),
+    ("train:\n  steps: 3\n  lr: 4\n  steps: 5\n", "at line 4, column 3: there are two steps; correct it"),
+    ("train:\n  steps: 3\ntrain:\n  steps: 5\n", "at line 3, column 1: there are two train; correct it"),
+    ("a: &a [1, *a]\n", "at line 1, column 4: an alias (&, *) puts one value in two places; correct it"),
+    ("a: &a {b: *a}\n", "an alias"),
+    ("a: &a\n  b: 1\nc: *a\n", "at line 1, column 4: an alias"),
+    ("a: &a {b: 1}\nc: {<<: *a}\n", "an alias"),
+    ("a0: &a0 [1]\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i}, ' * 9}]\n" for i in range(40)), "an alias"),
+    ("train:\n  publish: maybe\n", "train.publish must be true or false, not 'maybe'"),
+    ("train:\n  publish: \"false\"\n", "train.publish must be true or false, not 'false'"),
+    ("train:\n  resume: 3\n", "train.resume must be true or false, not 3"),
+    ("train:\n  runs: [a]\n", "train.runs must be text, not ['a']"),
+    ("train:\n  kinds: [a, 3]  # [text]: x\n", "train.kinds must be a list of texts, not ['a', 3]"),
     ("a: !!python/object/apply:os.getcwd []\n", "is not readable")])
 def test_a_malformed_file_is_one_line(path, text, part):
     path.write_text(text)
     assert part in error(path, "smoke=true")
+
+
+def test_text_that_yaml_takes_for_something_else(path):
+    path.write_text("sample:\n  labels: 7  # text: digits\n  gif:\n  npz: yes\n  out: 1.5\n")
+    config = load(path, "sample")
+    assert (config.sample.labels, config.sample.gif, config.sample.npz, config.sample.out) == ("7", "", "true", "1.5")
 
 
 def test_a_missing_or_binary_file_is_one_line(path):
@@ -259,6 +290,11 @@ def test_help_lists_keys_with_their_comments(path, capsys):
     ("true|false|auto", "true, false or auto", [True, False, "auto"], [1, 0, None]),
     ("auto|>0.0", "auto or a number above 0.0", ["auto", 1, 0.5], [0, "1", True]),
     ("[>=1]", "a list of whole numbers of at least 1", [[], [1, 2]], [1, [0], [1, 1.0], ["a"]]),
+    ("true|false", "true or false", [True, False], ["true", "false", 1, 0, None]),
+    ("text", "text", ["", "a b"], [1, None, ["a"], True]),
+    ("[text]", "a list of texts", [[], ["a", ""]], ["a", [1], [["a"]]]),
+    (">=1 if a=b|c or d", "a whole number of at least 1", [1], [0]),
+    ("text unless a=-1.5", "text", ["x"], [1]),
     ("[x|y]", "a list of x or y", [[], ["y", "x"]], ["x", ["z"]])])
 def test_the_notation_of_bounds(text, words, inside, outside):
     bound, rest = bounds.split(f"{text}: what: it is")
@@ -269,9 +305,27 @@ def test_the_notation_of_bounds(text, words, inside, outside):
 
 @pytest.mark.parametrize("comment", [
     "images", "", "0: none", "auto: all", '"": your newest', "seed, of everything", "a | b: c", ">=: x", ">=1", ">=1 x",
-    "0.0..: x", "x [>=1]: y", "[]: x", "any", "vp|: x", "(>=1): x", "1: none; >=1: x"])
+    ">=1 if: x", ">=1 when a: x", "texts: x", "text if (a): x", "0.0..: x", "x [>=1]: y",
+    "[]: x", "any", "vp|: x", "(>=1): x", "1: none; >=1: x"])
 def test_other_comments_are_no_bounds(comment):
     assert bounds.split(comment) == (None, comment)
+
+
+@pytest.mark.parametrize("argv, part", [
+    (["steps=9", "solver=free"], "steps=9: steps has no effect with solver=free: leave one of the two out"),
+    (["sample.steps=50", "solver=free"], "sample.steps=50: steps has no effect with solver=free"),
+    (["labels=3", "guidance=0"], "labels=3: labels has no effect with guidance=0: leave one of the two out"),
+    (["labels=none", "--guidance=2"], "guidance=2: guidance has no effect with labels=none"),
+    (["scale=2", "kind="], "scale=2: scale has an effect only with kind=vp or sub-vp or deep: set that, or leave scale "
+                           "out"),
+    (["solver=free"], ""), (["steps=9"], ""), (["labels=3", "guidance=1e-3"], ""), (["guidance=0"], ""),
+    (["scale=2"], ""), (["scale=2", "kind=sub-vp"], ""), (["scale=2", "kind=", "deep=true"], ""), (["kind="], ""),
+    (["labels=none"], "")])
+def test_a_value_without_an_effect_is_refused_if_it_was_given(path, argv, part):
+    if part:
+        assert part in error(path, *argv, section="sample")
+    else:
+        load(path, "sample", argv)
 
 
 FILES = sorted(ROOT.glob("lesson_*/**/config.yaml"))
@@ -284,12 +338,15 @@ def numeric(value):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.parent.relative_to(ROOT)))
-def test_every_number_of_a_lesson_has_a_bound_and_keeps_to_it(file):
+def test_every_value_of_a_lesson_has_a_bound_and_keeps_to_it(file):
     values, bound = read(file), read_bounds(file)
     overlays = {name: values.pop(name, {}) for name in OVERLAYS}
     numbers = [(target, key) for target in values for key in values[target] if numeric(values[target][key])]
     assert len(numbers) > 20
-    assert [f"{target}.{key}" for target, key in numbers if (target, key) not in bound] == []
+    assert [f"{target}.{key}" for target in values for key in values[target] if (target, key) not in bound] == []
+    for (target, key), one in bound.items():           # a condition names keys of its section
+        named = [part.partition("=")[0] for part in one.condition.partition(" ")[2].split(" or ") if part]
+        assert set(named) <= {*values.get(target, ()), *COMMON}, f"{target}.{key}: {one.condition}"
     for (target, key), one in bound.items():           # of the file's own values, and of what overlays lay over them
         for value in [keys[target][key] for keys in (values, *overlays.values()) if key in keys.get(target, ())]:
             assert one.holds(value), f"{target}.{key}={value} must be {one}"
@@ -308,7 +365,7 @@ def test_bounds_in_code_are_those_of_keys_of_every_script():
     for file in FILES:                                 # no lesson's hyper-parameter is named there
         for target, keys in read(file).items():
             for key in keys if target not in OVERLAYS else ():
-                assert f'"{key}"' not in code or key in COMMON | QUICK, f"utils/config.py names {target}.{key}"
+                assert f'"{key}"' not in code or key in COMMON | QUICK | KINDS, f"utils/config.py names {target}.{key}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.parent.relative_to(ROOT)))
@@ -336,7 +393,7 @@ def test_scripts_end_with_one_line_and_exit_code_2(launch, lesson):
         ("train.py", ["device=cpu", "precision=fp16"], "needs a GPU"),
         ("train.py", ["smoke=true", "batch_size=60001"], "between 1 and 60000"),
         ("train.py", ["smoke=true", "unet.groups=3"], "divisible"),
-        ("train.py", ["ddpm.timesteps=1"], "timesteps must be a whole number of at least 2, not 1"),
+        ("train.py", ["ddpm.timesteps=1"], "timesteps must be a whole number from 2 to 1000000, not 1"),
         ("train.py", ["smoke=true", "unet.mults=[1, 2, 2, 2, 2]"], "cannot be"),
         ("sample.py", ["n=0"], "n must be a whole number of at least 1, not 0"))]
     for process, part in done:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, load
-from utils import EMA, Run, UserError, Weights, code_hash, digits, ramp, save_weights, trained
+from utils import EMA, Run, UserError, Weights, code_hash, digits, files, ramp, save_weights, trained
 from utils.checkpoint import read_checkpoint
 from utils.errors import cli
 from utils.files import check_names, lesson_name, numbered
@@ -185,8 +185,9 @@ def test_weights_then_numbers_then_pictures_then_publishing(launch, lesson):
     wrote = [line.split("/")[-2:] for line in process.out.splitlines() if "WROTE" in line]
     run, results = "001", "results"
     assert wrote[wrote.index([run, "weights.safetensors"]):] == [
-        [run, "weights.safetensors"], [run, "results.json"], [results, "results.json"], [run, "loss.png"],
-        [results, "weights.safetensors"], [results, "loss.png"]]
+        [run, "weights.safetensors"], [run, "results.json"], [results, "results.json"], [run, "run.json"],
+        [run, "loss.png"], [results, "weights.safetensors"], [results, "loss.png"], [run, "previous.pt"],
+        [run, "last.pt"]]                              # at last what a longer run may go on from
 
 
 def test_a_broken_matplotlib_costs_the_curve_only(launch, straight, tmp_path):
@@ -261,7 +262,9 @@ def test_the_overlay_of_the_gpu_is_laid_on_resume_as_it_was(tmp_path, monkeypatc
 
 def test_nothing_to_resume(straight, tmp_path):
     assert "nothing to resume" in refused(f"runs={tmp_path}", "--resume")
-    assert "its runs are finished" in refused(f"runs={straight.runs}", "--resume", "smoke=true")
+    for argv in ([], ["steps=12"], ["steps=10"], ["lr=1e-3"]):
+        assert "nothing to resume: run 001 is finished, 12 steps; more of them go on from there (--resume steps=24)" \
+            in refused(f"runs={straight.runs}", "--resume", "smoke=true", *argv)
     for argument in ("resume=True", "train.resume=true", "resume=yes"):
         assert "nothing to resume" in refused(f"runs={tmp_path}", argument)
 
@@ -277,6 +280,26 @@ def test_resume_takes_the_newest_unfinished(cut, straight):
     assert [p.name for p in numbered(cut / "smoke")] == ["001", "002", "010", "999", "1000", "1001"]
     run_folder(cut, 1000).joinpath("run.json").write_bytes((run_folder(cut) / "run.json").read_bytes())
     assert train.main([f"runs={cut}", "smoke=true", "--resume"]).folder.name == "1000"
+
+
+def test_a_finished_run_goes_on_with_more_steps(tmp_path, monkeypatch, capsys):
+    folder = train.main(tiny(tmp_path, "steps=4")).folder
+    weights = (folder / "weights.safetensors").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(Stopped):        # cut off, it is an unfinished one as any other
+        stop_after(patch, 7)
+        train.main([f"runs={tmp_path}", "smoke=true", "--resume", "steps=12"])
+    assert "resumed 001 after step 4, steps=12 (before: 4)" in capsys.readouterr().out
+    assert (folder / "weights.safetensors").read_bytes() == weights     # until there are better ones
+    result = train.main([f"runs={tmp_path}", "smoke=true", "--resume"])
+    assert "resumed 001 after step 7" in capsys.readouterr().out
+    made = json.loads((folder / "run.json").read_text())
+    assert result.folder == folder and (folder / "weights.safetensors").read_bytes() != weights
+    assert [(change["step"], change["steps"]) for change in made["changed"]] == [(4, {"from": 4, "to": 12})]
+    assert made["finished"] == 12 == json.loads((folder / "results.json").read_text())["train"]["steps"]
+    assert [step for step, _ in outcome(folder)[2]] == [3, 4, 6, 9, 12]
+    monkeypatch.setattr(Run, "save", lambda run: (_ for _ in ()).throw(OSError(28, "No space left", "last.pt")))
+    assert train.main(tiny(tmp_path, "steps=2")).steps == 2             # its checkpoint is not worth the run
+    assert "warning: no checkpoint of the end (cannot use last.pt: the disk is full" in capsys.readouterr().err
 
 
 def test_a_new_run_beside_an_unfinished_one(cut):
@@ -324,7 +347,8 @@ def test_two_loops_are_one_run(two_loops, tmp_path, capsys):
     assert networks == [(step, "teacher") for step in range(7)] + [(step, "student") for step in range(7, 12)]
     assert [step for step, _ in outcome(result.folder)[2]] == [3, 6, 7, 9, 12]         # no line is of both
     assert result.steps == 12 and result.parameters == 784 * 785
-    assert read_checkpoint(result.folder / "last.pt", "lesson_05")["step"] == 8
+    assert read_checkpoint(result.folder / "last.pt", "lesson_05")["step"] == 12
+    assert read_checkpoint(result.folder / "previous.pt", "lesson_05")["step"] == 8
     assert outcome(teacher_and_student(tmp_path)[0].folder) == outcome(result.folder)
     out = capsys.readouterr().out
     assert out.count("training lesson_05 on") == 1 and "| 7/7 [" in out and "| 12/12 [" in out
@@ -607,7 +631,7 @@ def test_a_network_that_a_weights_file_cannot_build_is_one_line(weights, tmp_pat
     assert "choose another file with weights=FILE" in error and error.count("\n") == 1
     monkeypatch.setattr(sample, "UNet", lambda **sizes: (_ for _ in ()).throw(NameError("a reader's own defect")))
     with pytest.raises(NameError):                     # keeps its traceback
-        cli(lambda: sample.main(argv))
+        cli(lambda: sample.main([f"weights={weights}", *argv[1:]]))
 
 
 def test_a_key_that_a_weights_file_lacks_is_one_line(weights, capsys):
@@ -620,6 +644,61 @@ def test_a_key_that_a_weights_file_lacks_is_one_line(weights, capsys):
     assert "does not fit this lesson (AttributeError: " in capsys.readouterr().err
     with pytest.raises(AttributeError):                # after the weights are in, it is a defect of the code
         cli(lambda: setattr(loaded := Weights(weights, "lesson_05"), "loaded", True) or loaded.config["unet"].wings)
+
+
+def test_values_of_a_weights_file_are_held_to_the_bounds_of_config_yaml(weights, tmp_path):
+    path, config = tmp_path / "foreign.safetensors", Weights(weights, "lesson_05").config
+    for section, change, part in (("unet", {"blocks": 10**8}, "unet.blocks must be a whole number from 0 to 100, not "),
+                                  ("ddpm", {"timesteps": 10**12}, "ddpm.timesteps must be a whole number from 2 to"),
+                                  ("unet", {"channels": 10**12}, "unet.channels must be at most 1000000000"),
+                                  ("ddpm", {"beta_1": float("nan")}, "ddpm.beta_1 must be finite, not nan")):
+        save_file(load_file(weights), path, metadata={"lesson": "lesson_05", "config": json.dumps({
+            name: dict(config[name]) | (change if name == section else {}) for name in config})})
+        with pytest.raises(UserError) as info:         # before anything of that size is built
+            Run(ROOT / "lesson_05" / "sample.py", ["device=cpu", f"runs={tmp_path}"]).read(path)
+        assert f"{path} does not fit this lesson (its configuration: {part}" in str(info.value)
+        assert Weights(path, "lesson_05").config       # without bounds nothing is known of them
+
+
+@pytest.mark.parametrize("argument, part", [
+    ("unet.channels=999", "unet.channels=999: the weights decide that, and {file} has unet.channels=8; leave it out, "
+                          "or train with it: python train.py unet.channels=999"),
+    ("timesteps=10", "timesteps=10: the weights decide that, and {file} has ddpm.timesteps=20"),
+    ("train.lr=1", "train.lr=1: sample.py does not read train.lr; leave it out"),
+    ("reproduce.seeds=1", "reproduce.seeds=1: sample.py does not read reproduce.seeds; leave it out")])
+def test_what_the_weights_decide_or_nobody_reads_is_refused(weights, tmp_path, argument, part):
+    with pytest.raises(UserError) as info:
+        sample.main(["smoke=true", f"weights={weights}", f"runs={tmp_path}", "device=cpu", argument])
+    assert str(info.value).startswith(part.format(file=weights))
+
+
+def test_keys_of_other_sections_that_a_script_does_read(tmp_path):
+    def run(script, *argv):
+        return Run(ROOT / script, ["device=cpu", f"runs={tmp_path}", *argv])
+
+    assert run("lesson_05/train.py", "unet.channels=8", "sample.steps=3").config.sample.steps == 3     # for previews
+    with pytest.raises(UserError, match="^sample.n=3: train.py does not read sample.n; leave it out$"):
+        run("lesson_05/train.py", "sample.n=3")
+    run("lesson_05/sublesson_a/sample.py", "train.images=20").check_given()
+    with pytest.raises(UserError, match="sample.py does not read train.lr"):
+        run("lesson_05/sublesson_a/sample.py", "train.lr=1").check_given()
+    sampling = run("lesson_05/sample.py", "steps=50")
+    sampling.refuse("clip", "not given")
+    with pytest.raises(UserError, match="^steps=50: bits take all steps; leave it out$"):
+        sampling.refuse("steps", "bits take all steps")
+
+
+def test_metrics_of_too_few_or_too_many_images_are_refused_before_anything_is_loaded(tmp_path):
+    for n in (1, 99, 60_001):
+        with pytest.raises(UserError, match=rf"scores \(metrics=true\) need 100 to 60000 images, not n={n}$"):
+            Run(ROOT / "lesson_05" / "sample.py", ["device=cpu", f"runs={tmp_path}", "metrics=true", f"n={n}"])
+    for n in (100, 60_000):
+        Run(ROOT / "lesson_05" / "sample.py", ["device=cpu", f"runs={tmp_path}", "metrics=true", f"n={n}"])
+
+
+def test_the_picture_goes_by_the_name_that_the_reader_gives(weights, tmp_path):
+    sample.main(["smoke=true", f"weights={weights}", f"runs={tmp_path}", "device=cpu", "n=1", "out=mine.png"])
+    assert [path.name for path in (tmp_path / "smoke" / "samples").iterdir()] == ["mine.png"]
 
 
 DAMAGE = {"step of -5": {"step": -5}, "step of 10^9": {"step": 10**9}, "half a step": {"step": 2.5},
@@ -662,6 +741,31 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
         with pytest.raises(UserError, match="not finite"):
             save_weights(net, tmp_path / "w.safetensors", "lesson_05")
     assert (tmp_path / "w.safetensors").read_bytes() == before
+
+
+SAVE = """
+import sys, torch
+from pathlib import Path
+from utils import save_weights
+net = torch.nn.Linear(2, 2)
+torch.nn.init.ones_(net.weight), torch.nn.init.zeros_(net.bias)
+save_weights(net, Path(sys.argv[1]), "lesson_05", unet={"channels": 3, "\xe9": "\xe9"}, ddpm={"betas": [1e-4, 0.02]})
+"""
+
+
+def test_equal_weights_are_equal_bytes_in_every_process(launch, tmp_path):
+    """safetensors writes the names of its metadata in the order of a hash map, another one at every call."""
+    (tmp_path / "script.py").write_text(SAVE, encoding="utf-8")
+    done = [launch(tmp_path / "script.py", tmp_path / f"{i}.safetensors") for i in range(2)]
+    assert [process.wait() for process in done] == [0, 0], done[0].err
+    net = torch.nn.Linear(2, 2)
+    net.load_state_dict({"weight": torch.ones(2, 2), "bias": torch.zeros(2)})
+    for i in range(2, 20):
+        save_weights(net, tmp_path / f"{i}.safetensors", "lesson_05", unet={"channels": 3, "\xe9": "\xe9"},
+                     ddpm={"betas": [1e-4, 0.02]})
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(20)}) == 1
+    file = Weights(tmp_path / "0.safetensors", "lesson_05")
+    assert file.config["unet"]["\xe9"] == "\xe9" and torch.equal(file.state["weight"], torch.ones(2, 2).half())
 
 
 def test_compiled_networks_leave_the_same_files(straight, tmp_path, monkeypatch):
@@ -918,6 +1022,28 @@ def test_two_trainings_at_once_and_no_resume_of_a_running_one(launch, straight, 
         assert result.folder.name == name and outcome(result.folder) == straight.outcome
 
 
+def test_leftovers_of_killed_saves_are_removed_and_others_stay(cut, weights, tmp_path):
+    process = subprocess.Popen(["sleep", "0"])
+    process.wait()
+    folder, samples = run_folder(cut), tmp_path / "runs2" / "smoke" / "samples"
+    samples.mkdir(parents=True)
+    names = {(pid, host): f".{{}}.{host}.{pid}.140{{}}" for pid in (process.pid, os.getpid())
+             for host in (files._HOST, "another")}
+    for place, stem, ending in ((folder, "last", ".pt"), (folder, "weights", ".safetensors"), (folder, "run", ".json"),
+                                (samples, "samples", ".png")):
+        for name in names.values():
+            (place / name.format(stem, ending)).touch()
+    (folder / ".hidden").touch()
+    train.main(tiny(cut, "--resume"))
+    sample.main(["smoke=true", f"weights={weights}", f"runs={samples.parent.parent}", "device=cpu", "n=1", "steps=2"])
+    dead = names.pop((process.pid, files._HOST))
+    for place, stem, ending in ((folder, "last", ".pt"), (folder, "weights", ".safetensors"), (folder, "run", ".json"),
+                                (samples, "samples", ".png")):
+        assert not (place / dead.format(stem, ending)).exists()
+        assert all((place / name.format(stem, ending)).exists() for name in names.values())
+    assert (folder / ".hidden").exists() and (folder / ".lock").exists()
+
+
 def test_an_exception_lets_go_of_the_folder(cut):
     # A notebook keeps the last exception, and with it the run: --resume in the next cell must work.
     kept = []
@@ -970,8 +1096,10 @@ STEMS = ("", "../a", "/a", "sub/a", "sub\\a", "c:a", ".hidden", "..", " a", "a."
 def test_names_that_a_reader_gives_are_plain_and_end_as_they_should():
     for key, ending in (("gif", ".gif"), ("npz", ".npz"), ("out", ".png")):
         check_names(SimpleNamespace(runs="runs", **{key: f"my digits, \xe9{ending}"}), ROOT)
-        check_names(SimpleNamespace(runs="runs", **{key: ""}), ROOT)
-        for name in [*(stem + ending for stem in STEMS), "true", "weights.safetensors", "model.py", f"a{ending}.txt"]:
+        check_names(SimpleNamespace(runs="runs", **({} if key == "out" else {key: ""})), ROOT)
+        taken = ["", "loss.png", "claim.png", "preview_000050.png"] * (key == "out")       # a picture there must be
+        for name in [*(stem + ending for stem in STEMS), "true", "weights.safetensors", "model.py", f"a{ending}.txt",
+                     *taken]:
             with pytest.raises(UserError, match=rf"must be a plain file name that ends in \{ending}, such as") as info:
                 check_names(SimpleNamespace(runs="runs", **{key: name}), ROOT)
             assert str(info.value).startswith(f"{key}=")

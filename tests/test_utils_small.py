@@ -5,6 +5,7 @@ import copy
 import errno
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -426,7 +427,7 @@ def test_values_that_model_py_rejects_are_one_line(capsys):
 
 
 def test_values_that_earlier_py_rejects_are_one_line(capsys, tmp_path):
-    for name, code in (("earlier.py", 2), ("train.py", None)):
+    for name, code in (("earlier.py", 2), ("train.py", 2), ("utils.py", None)):
         (tmp_path / name).write_text("def check(steps):\n    raise ValueError(f'steps={steps} is too small')\n")
         space = {}
         exec(compile((tmp_path / name).read_text(), str(tmp_path / name), "exec"), space)
@@ -434,6 +435,85 @@ def test_values_that_earlier_py_rejects_are_one_line(capsys, tmp_path):
             cli(lambda: space["check"](0))  # noqa: B023
         assert getattr(stop.value, "code", None) == code
     assert "steps=0 is too small (earlier.py, line 2)" in capsys.readouterr().err
+
+
+def said(capsys, main):
+    """The one line in which a script ends that runs this main, with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        cli(main)
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and text.startswith("error: ") and text.count("\n") == 1, text
+    return text
+
+
+def in_lesson(code, name="train.py", **names):
+    """A function `main` as if a lesson's file held it."""
+    space = {"__file__": f"/lesson/{name}", **names}
+    exec(compile(f"def main():\n    {code}", f"/lesson/{name}", "exec"), space)
+    return space["main"]
+
+
+CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to " \
+      "allocate 3221225472 bytes. Error code 12 (Cannot allocate memory)"
+LOWER = "out of memory: lower batch_size=8 or unet.channels=9"
+
+
+@pytest.mark.parametrize("error, part", [
+    (RuntimeError(CPU), "out of memory (3 GiB at once): lower batch_size=8 or unet.channels=9"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), LOWER),
+    (RuntimeError("Storage size calculation overflowed with sizes=[4, 999]"), LOWER), (MemoryError(), LOWER),
+    (OSError(24, "Too many open files"), "too many files are open; lower workers, or raise that limit (ulimit -n)"),
+    (OSError(12, "Cannot allocate memory"), "out of memory; lower batch, batch_size, n or workers")])
+def test_want_of_memory_names_the_keys_to_lower(capsys, tmp_path, error, part):
+    argv = [f"runs={tmp_path}", "device=cpu", "batch_size=8", "unet.channels=9"]
+
+    def main():
+        run = Run(ROOT / "lesson_05" / "train.py", argv)
+        raise error from (run and None)
+
+    assert part in said(capsys, main)
+
+
+def test_memory_that_is_not_there(capsys):
+    assert "out of memory (9.31e+05 GiB at once): lower the batch" in said(capsys, lambda: torch.empty(25 * 10**13))
+
+
+def test_a_config_yaml_that_lacks_a_key_or_has_one_too_many_is_one_line(capsys, launch, lesson):
+    text = (lesson / "config.yaml").read_text(encoding="utf-8")
+    for change, part in ((text.replace("\n  clip: 1.0", "\n  clap: 1.0"), "has no `clip`, which train.py needs (line "),
+                         (text.replace("  beta_T:", "  beta_U:"), "does not fit (DDPM.__init__() got an unexpected "
+                                                                  "keyword argument 'beta_U'; train.py, line "),
+                         (text[text.index("train:"):], "has no `ddpm`, which train.py needs (line ")):
+        (lesson / "config.yaml").write_text(change, encoding="utf-8")
+        error = launch(lesson / "train.py", "device=cpu", "threads=1", "steps=1", "batch_size=2").error()
+        assert f"error: config.yaml {part}" in error and "git checkout config.yaml" in error
+
+
+def test_errors_before_the_first_step_name_the_values_that_were_given(capsys, tmp_path, monkeypatch):
+    run = Run(ROOT / "lesson_05" / "train.py", [f"runs={tmp_path}", "device=cpu", "batch_size=8", "unet.channels=9"])
+    fails = in_lesson("run.step; torch.zeros(2) @ torch.zeros(3)", "model.py", run=run, torch=torch)
+
+    def main(run=run):
+        return fails(), run
+
+    assert said(capsys, main) == (
+        "error: RuntimeError: inconsistent tensor size, expected tensor [2] and src [3] to have the same number of "
+        "elements, but got 2 and 3 elements respectively (model.py, line 2): do the values fit that were given "
+        "(batch_size=8, unet.channels=9)? debug=true shows more\n")
+    for run.argv, run.step in ((["steps=1"], 1), (["smoke=true", "device=cpu"], 0)):     # then it is a defect
+        with pytest.raises(RuntimeError):
+            cli(main)
+    run.argv, run.step = ["steps=1"], 0
+    with pytest.raises(NameError):                     # never the reader's value
+        cli(lambda run=run: (in_lesson("nowhere")(), run))
+    monkeypatch.setattr(sys, "argv", ["train.py", "debug=true"])
+    with pytest.raises(SystemExit):
+        cli(main)
+    text = capsys.readouterr().err
+    assert text.startswith("Traceback") and text.splitlines()[-1].startswith("error: RuntimeError: inconsistent")
+    with pytest.raises(SystemExit):
+        cli(in_lesson("raise UserError('put it right')", UserError=UserError))
+    assert re.fullmatch(r"Traceback.*UserError: put it right\nerror: put it right\n", capsys.readouterr().err, re.S)
 
 
 # ------------------------------------------------------------------ the device
@@ -649,7 +729,7 @@ def test_the_low_score_sees_faint_noise():
 
 def test_scores_need_a_hundred_images(monkeypatch, tmp_path):
     for n in (1, 99):
-        with pytest.raises(UserError, match=f"at least 100 images, not n={n}: raise n"):
+        with pytest.raises(UserError, match=f"need 100 to 60000 images, not n={n}"):
             score(torch.zeros(n, 1, 28, 28))
     with pytest.raises(UserError, match="between 1 and 60000"):
         floor(60_001)

@@ -14,14 +14,15 @@ import torch
 
 from .config import plain
 from .errors import Diverged, UserError, disk_error
-from .files import atomic, numbered, short
+from .files import atomic, numbered, read_json, short
 from .weights import fill, state_of
 
 FORMAT = "zero-to-hero checkpoint 1"
 NEEDED = {"lesson", "config", "step", "seconds", "states", "scaler", "random", "random_cuda"}
-FREE = ("runs", "publish", "resume", "gpu", "preview_every", "save_every", "log_every",    # may change on --resume
+# What may change on --resume, and what may, too, but that is told and recorded.
+FREE = ("runs", "publish", "resume", "debug", "gpu", "preview_every", "save_every", "log_every",
         "processes")
-TOLD = ("steps", "lr", "device", "precision", "threads")                   # too, but that is told and recorded
+TOLD = ("steps", "lr", "device", "precision", "threads")
 
 
 # ------------------------------------------------------------------ files
@@ -86,14 +87,24 @@ def kept(folder):
 
 
 # ------------------------------------------------------------------ going on
-def unfinished(runs):
-    """The folder of the newest run in `runs` that has a checkpoint and no weights yet."""
+def to_resume(runs):
+    """The folder of the newest run with a checkpoint in `runs`, of those that are not finished, if there are any."""
     folders = [p for p in numbered(runs) if checkpoints(p)]
-    found = [p for p in folders if not (p / "weights.safetensors").exists()]
+    found = [p for p in folders if not finished(p)] or folders
     if not found:
-        raise UserError(f"nothing to resume in {runs}: " + ("its runs are finished; " if folders else "")
-                        + "start a new one without --resume")
+        raise UserError(f"nothing to resume in {runs}: no run there has a checkpoint; start one without --resume")
     return found[-1]
+
+
+def finished(folder):
+    """Whether a run has left its weights, and of all the steps that it was last asked for."""
+    if not (folder / "weights.safetensors").exists():
+        return False
+    try:
+        made = read_json(folder / "run.json")
+        return made.get("finished", math.inf) >= made["config"][made["script"]]["steps"]
+    except (LookupError, OSError, TypeError, UserError):
+        return True
 
 
 def newest(folder, lesson):
@@ -107,12 +118,12 @@ def newest(folder, lesson):
                     "or start a new one without --resume")
 
 
-def check_same(saved, config, script, name):
+def check_same(saved, config, script, folder):
     """A resumed run must have the values it was started with, or it would not be the same run.
 
     Returns what has changed of those that may: {key: (before, now)}.
     """
-    old, new, changed = json.loads(saved["config"]), plain(config), {}
+    old, new, changed, name = json.loads(saved["config"]), plain(config), {}, folder.name
     for section in new:
         if section in ("sample", "reproduce"):
             continue
@@ -123,6 +134,9 @@ def check_same(saved, config, script, name):
             elif a != b and not (section == script and key in FREE):
                 raise UserError(f"cannot resume {name}: it was started with {section}.{key}={a}, now it is {b}; "
                                 "put that back or start a new run without --resume")
+    if finished(folder) and new[script]["steps"] <= old[script]["steps"]:
+        raise UserError(f"nothing to resume: run {name} is finished, {old[script]['steps']} steps; more of them go on "
+                        f"from there (--resume steps={2 * old[script]['steps']}), or start a new run without --resume")
     if "steps" in changed and new[script]["steps"] < saved["step"]:
         raise UserError(f"cannot resume {name}: steps={new[script]['steps']}, but it was saved after step "
                         f"{saved['step']}; put a larger number")

@@ -44,6 +44,7 @@ class Claim:
 
     def __init__(self, file, argv=None, sections=()):
         self.run, self.file, self.sections = Run(file, argv), str(file), tuple(sections)
+        self.run.check_given(("train", *self.sections))
         self.cfg, self.seeds = self.run.settings, range(self.run.settings.seeds)
         self.cfg.publish = self.cfg.publish and not (self.cfg.quick or self.cfg.smoke)
         self.run.open_folder("claim")
@@ -452,4 +453,5 @@ def _infinite(value):
 def _minutes(path):
     """How long an arm took to train, also if that was in an earlier call."""
     found = read_json(path.parent / "results.json")
-    return (found.get("train") or found.get("train_gpu") or {}).get("minutes", 0)
+    entry = found.get("train") or found.get("train_gpu")
+    return entry.get("minutes", 0) if isinstance(entry, dict) else 0

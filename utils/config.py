@@ -10,8 +10,14 @@ A comment may begin with the bound of its value, which every value is held to, w
     kind: vp          # vp|subvp|ve: the process         one of these words; "" is the empty one
     sigma_1: auto     # auto|>0.0: the largest noise     a word or a number
     mults: [1, 2]     # [>=1]: of each level             a list of such
+    prompt: ""        # text: what to draw               any text
+    clip: true        # true|false: whether to clip      on or off
 
-No number may be infinite or NaN.
+No number may be infinite or NaN; a whole one without an upper limit may have nine digits. A bound may also say when its
+value has an effect; on the command line a value that would have none is refused:
+
+    tolerance: 1e-3   # >0.0 if solver=dopri5 or bits: ...      solver is dopri5, or bits is not 0, "", false or none
+    guidance: 3.0     # any unless labels=none: ...             labels is something else
 """
 
 import difflib
@@ -31,14 +37,18 @@ COMMON = {
     "seed": (0, ">=0 <9e15: seed of everything random"),
     "device": ("auto", "auto|cpu|cuda: what computes"),
     "precision": ("auto", "auto|fp32|bf16|fp16: auto takes what this machine is fast at"),
-    "threads": (0, ">=0: CPU threads; 0: all cores"),
-    "runs": ("runs", "the folder that new files go to"),
-    "publish": (False, "also write pictures, numbers and weights to results/"),
-    "smoke": (False, "tiny sizes, for the tests: lays the section `smoke` over the others"),
+    "threads": (0, "0..1024: CPU threads; 0: all cores"),
+    "runs": ("runs", "text: the folder that new files go to"),
+    "publish": (False, "true|false: also write pictures, numbers and weights to results/"),
+    "smoke": (False, "true|false: tiny sizes, for the tests: lays the section `smoke` over the others"),
     "gpu": ("auto", "true|false|auto: lay the section `gpu` over the others; auto: when CUDA is found"),
+    "debug": (False, "true|false: after an error show where in the code it came from"),
 }
 TRAIN = {"processes": (1, "auto|>=1: processes of one thread each on a CPU; auto: 2 where it has the cores")}
-QUICK = {"quick": (False, "a quick look: lays the section `quick` over the others")}
+KINDS = {                                              # keys that utils reads, where a script has them
+    "resume": "true|false", "metrics": "true|false", "weights": "text", "out": "text", "gif": "text", "npz": "text"}
+QUICK = {"quick": (False, "true|false: a quick look: lays the section `quick` over the others")}
+MOST = 10**9                                           # of a whole number whose bound has no upper limit
 
 
 class Section(SimpleNamespace):
@@ -57,7 +67,29 @@ def plain(value):
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    pass
+    """YAML in which a key stands once in its section, and a value in one place.
+
+    An alias could name what it stands in, or make a billion values of ten lines.
+    """
+
+    def get_single_node(self):
+        root, seen = super().get_single_node(), set()
+        todo = [root] if root else []
+        while todo:
+            node, names = todo.pop(), set()
+            if id(node) in seen:
+                raise yaml.MarkedYAMLError(problem="an alias (&, *) puts one value in two places",
+                                           problem_mark=node.start_mark)
+            seen.add(id(node))
+            if isinstance(node, yaml.SequenceNode):
+                todo += node.value
+            for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in names:
+                        raise yaml.MarkedYAMLError(problem=f"there are two {key.value}", problem_mark=key.start_mark)
+                    names.add(key.value)
+                todo += [key, value]
+        return root
 
 
 _Loader.add_implicit_resolver(                         # YAML 1.1 reads 1e-4 as a string; this reads it as a number
@@ -91,9 +123,9 @@ def read_bounds(path):
     """The bounds that stand in the comments of a config.yaml: {(section, key): Bound}; those of COMMON included."""
     found = {(section, key): bound for section, key, _, comment in _lines(path)
              if section not in OVERLAYS and key and (bound := bounds.split(comment)[0])}
-    common = {(section, key): bound for section in SCRIPTS for key, (_, comment) in (COMMON | TRAIN).items()
-              if (bound := bounds.split(comment)[0])}
-    return common | found
+    texts = {key: comment for key, (_, comment) in (COMMON | TRAIN | QUICK).items()}
+    texts |= {key: f"{kind}: " for key, kind in KINDS.items()}
+    return {(section, key): bounds.split(text)[0] for section in SCRIPTS for key, text in texts.items()} | found
 
 
 def load(path, section, argv=(), cuda=False, quiet=False):
@@ -111,11 +143,11 @@ def load(path, section, argv=(), cuda=False, quiet=False):
     if {"-h", "--help"} & set(argv):
         print(help_text(path, section, common))
         raise SystemExit(0)
-    given = [(*_find(values, section, key), key, text) for key, text in map(split, argv)]
+    given = find(values, section, argv)
     bound = read_bounds(path)
     for target in values:
         for key, value in values[target].items():
-            values[target][key] = _within(f"{target}.{key}", value, bound.get((target, key)), path.name)
+            values[target][key] = within(f"{target}.{key}", value, bound.get((target, key)), path.name)
 
     def lay(name):
         for target, keys in overlays[name].items():
@@ -137,6 +169,9 @@ def load(path, section, argv=(), cuda=False, quiet=False):
         _set(values, target, name, value, bound.get((target, name)), f"{key}={text}")
         if name in OVERLAYS and values[section].get(name) is True:
             lay(name)
+    for target, name, key, text in given:
+        if why := (target, name) in bound and bound[target, name].idle(name, values[target]):
+            raise UserError(f"{key}={text}: {why}")
     return Section(**{name: Section(**keys) for name, keys in values.items()})
 
 
@@ -175,11 +210,15 @@ def _value(text, old, where):
     return text[1:-1] if quoted else text
 
 
-def _within(name, value, bound, where):
+def within(name, value, bound, where):
     """The value if it is finite and within its bound; as a float where the bound is one of numbers with a point."""
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, (int, float)) and not -1e300 < item < 1e300:
             raise UserError(f"{where}: {name} must be finite, not {float('nan') if item != item else 'infinite'}")
+        if bound and bound.open and type(item) is int and abs(item) > MOST:
+            raise UserError(f"{where}: {name} must be at most {MOST}")
+    if bound and bound.is_text and not bound.is_list and not isinstance(value, (list, dict)):
+        value = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     if bound and not bound.holds(value):
         raise UserError(f"{where}: {name} must be {bound}, not {value!r}")
     return float(value) if bound and bound.real and type(value) is int else value
@@ -193,6 +232,11 @@ def split(argument):
             raise UserError(f"{argument}: write arguments as key=value")
         value = "true"
     return key, value
+
+
+def find(values, section, argv):
+    """What arguments key=value mean: a list of (section, key, key as it was typed, text)."""
+    return [(*_find(values, section, key), key, text) for key, text in map(split, argv)]
 
 
 def _find(values, section, key):
@@ -220,7 +264,7 @@ def _set(values, target, key, new, bound, where):
     if target not in values or key not in values[target]:
         raise UserError(f"{where}: there is no key {target}.{key}")
     old = values[target][key]
-    new = _within(key, new, None, where)
+    new = within(key, new, None, where)
     if isinstance(old, float) and type(new) is int:
         new = float(new)
     if isinstance(old, list) and isinstance(new, list) and old and all(isinstance(item, float) for item in old):
@@ -233,7 +277,7 @@ def _set(values, target, key, new, bound, where):
             *map(type, old or new), *[int, float] * bool(bound and bound.real)}:
         example = str(old).lower() if isinstance(old, bool) else old
         raise UserError(f"{where}: {key} takes {_kind(old)} (such as {example}), not {new!r}")
-    values[target][key] = _within(key, new, bound, where)
+    values[target][key] = within(key, new, bound, where)
 
 
 def _kind(value):
@@ -245,7 +289,7 @@ def help_text(path, section, common=COMMON):
     """The keys of one script with their values and the comments of config.yaml."""
     lines = [f"usage: python {section}.py key=value ...   (values of {path.name})",
              "A comment begins with what the value may be: >=1 a whole number, >0.0 a number, 0.0..1.0 from and to,",
-             "any: any number, a|b one of these, [>=1] a list of such; all of them: utils/config.py"]
+             "any: any number, a|b one of these, [>=1] a list of such, text: any text; all of it: utils/config.py"]
     found = set()
     for owner, key, value, comment in _lines(path):
         if owner not in SCRIPTS + OVERLAYS or owner == section:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from .errors import UserError, disk_error
-from .files import ROOT, atomic, lock
+from .files import ROOT, atomic, lock, sweep
 from .seeds import derive
 
 # MD5 of the uncompressed IDX files. (torchvision's own sums are of the .gz files.)
@@ -136,6 +136,7 @@ def _md5(path):
 
 
 def _fetch(folder):
+    sweep(folder)
     for name in MD5:
         if (folder / name).is_file() and _md5(folder / name) != MD5[name]:
             print(f"{folder / name} has a wrong checksum: fetching it anew")

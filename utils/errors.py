@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import stat
 import sys
 import traceback
@@ -24,6 +25,9 @@ _DISK = _FULL | {
     errno.EISDIR: "it is a folder or a device, not a file; choose another name",
     errno.ENOENT: "there is no such file, and it cannot be made there; choose another place",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.EMFILE: "too many files are open; lower workers, or raise that limit (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine; lower workers, or close other programs",
+    errno.ENOMEM: "out of memory; lower batch, batch_size, n or workers",
     errno.EIO: "the disk reports an error; choose another one with runs=FOLDER",
 }
 
@@ -47,10 +51,11 @@ def disk_error(error: OSError, full=False) -> UserError | None:
 
 
 def cli(main):
-    """Run a script's `main()`. A `UserError` becomes one line and exit code 2, Ctrl-C exit code 130, a closed pipe 141.
+    """Run a script's `main()`. What a reader can put right becomes one line and exit code 2; debug=true shows the rest.
 
-    So do a disk that cannot be used, and a ValueError that a lesson's model.py (or its earlier.py) raises, or that a
-    layer raises while model.py builds its network: both are about a value of the configuration.
+    That is a `UserError`, a disk that cannot be used, want of memory, a weights file or a config.yaml that does not fit
+    the lesson, and a value that the lesson's own files refuse, or, if the reader gave it, that fails before the first
+    training step. Ctrl-C is exit code 130, a closed pipe 141.
     """
     from . import launch
 
@@ -64,32 +69,42 @@ def cli(main):
     except BrokenPipeError:                            # as of `train.py | head -1`
         mute()
         sys.exit(141)
-    except UserError as error:
-        fail(error)
-    except OSError as error:
-        if (user_error := disk_error(error)) is None:
-            raise
-        fail(user_error)
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-        if line := _foreign(error) or launch.lost():
-            fail(line)
-        if not isinstance(error, ValueError):
-            raise
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if Path(frame.filename).name in ("model.py", "earlier.py")]
-        if not own or own[-1] is not frames[-1] and "__init__" not in [frame.name for frame in own]:
-            raise
-        fail(f"{error} ({Path(own[-1].filename).name}, line {own[-1].lineno}); change the value or leave it out")
     except KeyboardInterrupt as error:
         print(str(error) or "stopped", file=sys.stderr)
         launch.close(wait=10)
         sys.exit(130)
+    except Exception as error:
+        if (line := explain(error)) is None:
+            raise
+        if {"--debug", "debug=true", "--debug=true"} & set(sys.argv):
+            traceback.print_exc()
+        fail(line)
     finally:
         launch.close()
 
 
-def _foreign(error):
-    """The one line about a weights file from which a lesson cannot build its network; None for any other error.
+def explain(error):
+    """The one line, a text or an error, that tells a reader of an error; None where it is a defect of the code."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError):
+        return disk_error(error)
+    frames = [(frame, line, Path(frame.f_code.co_filename).name)
+              for frame, line in traceback.walk_tb(error.__traceback__)]
+    for kind in (_foreign, _partner, _memory, _config, _refused, _given):
+        if line := kind(error, frames):
+            return line
+    return None
+
+
+_OWN = ("model.py", "earlier.py", "train.py", "sample.py", "reproduce.py")           # a lesson's files
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|size calculation overflowed|"
+                        r"can't start new thread|Overflow when unpacking|_ALLOC_FAILED", re.I)
+_MISMADE = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _foreign(error, frames):
+    """The line about a weights file from which a lesson cannot build its network.
 
     Another lesson, another version or another hand has made it: its sections lack a key, have one more, or hold a
     value that the constructor cannot take.
@@ -97,18 +112,80 @@ def _foreign(error):
     from .config import Section
     from .weights import Weights, misfit
 
-    frames = [(frame, line, Path(frame.f_code.co_filename).name)
-              for frame, line in traceback.walk_tb(error.__traceback__)]
     files = [item for frame, _, _ in frames for item in frame.f_locals.values()
              if isinstance(item, Weights) and not item.loaded]
     building = [f", {name}, line {line}" for frame, line, name in frames
                 if name in ("model.py", "earlier.py") and frame.f_code.co_name == "__init__"]
     calling = frames[-1][2] in ("sample.py", "reproduce.py", "train.py") and isinstance(error, TypeError)
     absent = isinstance(error, AttributeError) and isinstance(error.obj, Section)
-    if not files or not (building or calling or absent) or isinstance(error, AttributeError) and not absent:
-        return None
-    reason = (str(error).splitlines() or ["no more is known"])[0]
-    return misfit(files[0].path, f"{type(error).__name__}: {reason}{''.join(building[-1:])}")
+    if files and (absent or (building or calling) and isinstance(error, (MemoryError, *_MISMADE))):
+        return misfit(files[0].path, f"{type(error).__name__}: {_first(error)}{''.join(building[-1:])}")
+
+
+def _partner(error, frames):
+    """The line about a training whose other process is gone."""
+    from . import launch
+
+    return launch.lost() if isinstance(error, _MISMADE) else None
+
+
+def _memory(error, frames):
+    """The line about memory that is not there."""
+    if isinstance(error, MemoryError) or isinstance(error, _MISMADE) and _NO_MEMORY.search(str(error)):
+        run, asked = _run(frames), re.search(r"allocate (\d+) bytes", str(error))
+        sizes = [f"{key}={run.settings[key]}" for key in ("batch_size", "batch", "n", "workers")
+                 if run and key in run.settings.keys()]
+        lower = " or ".join(dict.fromkeys([*_typed(run), *sizes])) or "the batch or the number of images"
+        return f"out of memory{f' ({int(asked[1]) / 2**30:.3g} GiB at once)' if asked else ''}: lower {lower}"
+
+
+def _config(error, frames):
+    """The line about a config.yaml that lacks a key or a section, or has one that the lesson's code does not take."""
+    run, (_, line, name) = _run(frames), frames[-1]
+    if run and isinstance(error, AttributeError) and any(
+            error.obj is part for part in (run.config, *vars(run.config).values())):
+        return f"config.yaml has no `{error.name}`, which {name} needs (line {line}): {_CONFIG}"
+    if isinstance(error, TypeError) and name in _OWN and re.search(
+            r"__init__\(\) (missing|got an unexpected keyword)", str(error)):
+        return f"config.yaml does not fit ({error}; {name}, line {line}): {_CONFIG}"
+
+
+_CONFIG = "put that right, or get the file back with `git checkout config.yaml`"
+
+
+def _refused(error, frames):
+    """The line about a value that a lesson's own file refuses, or a layer that its network is made of."""
+    own = [(frame.f_code.co_name, line, name) for frame, line, name in frames if name in _OWN]
+    building = any(function == "__init__" and name in ("model.py", "earlier.py") for function, _, name in own)
+    if own and isinstance(error, ValueError) and (own[-1][1:] == frames[-1][1:] or building):
+        return f"{_first(error)} ({own[-1][2]}, line {own[-1][1]}); change the value or leave it out"
+
+
+def _given(error, frames):
+    """The line about an error before the first training step, where the reader gave values that may be its reason."""
+    run, own = _run(frames), [(line, name) for _, line, name in frames if name in _OWN]
+    if isinstance(error, _MISMADE) and own and run and not run.step and (given := _typed(run)):
+        return (f"{type(error).__name__}: {_first(error)} ({own[-1][1]}, line {own[-1][0]}): do the values fit that "
+                f"were given ({', '.join(given)})? debug=true shows more")
+
+
+def _first(error):
+    return (str(error).splitlines() or ["no more is known"])[0]
+
+
+def _run(frames):
+    """The Run that the frames of a traceback know, or None."""
+    from .run import Run
+
+    values = [item for frame, _, _ in frames for item in frame.f_locals.values()]
+    return next((one for item in values for one in (item, getattr(item, "run", None)) if isinstance(one, Run)), None)
+
+
+def _typed(run):
+    """The arguments of a run that say more than where and how it runs."""
+    from .config import COMMON, QUICK, split
+
+    return [a for a in (run.argv if run else ()) if split(a)[0].split(".")[-1] not in {*COMMON, *QUICK, "resume"}]
 
 
 def mute(terminal=False):

@@ -5,6 +5,8 @@ import errno
 import functools
 import json
 import os
+import platform
+import re
 import shlex
 import sys
 import threading
@@ -25,7 +27,7 @@ def atomic(path):
     if path.exists() and not path.is_file():           # renaming over a device would replace it
         raise IsADirectoryError(errno.EISDIR, "not a regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{_HOST}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -38,6 +40,19 @@ def atomic(path):
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_HOST = re.sub(r"[^\w-]", "_", platform.node()) or "host"             # who may look whether a process still lives
+
+
+def sweep(folder):
+    """Remove the temporary files of `atomic` that killed processes of this machine have left in a folder."""
+    import psutil  # accelerate depends on it
+
+    for path in folder.glob(f".*.{_HOST}.*"):
+        match = re.search(rf"\.{_HOST}\.(\d+)\.\d+(\.\w+)?$", path.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            path.unlink(missing_ok=True)
 
 
 # What a disk answers that cannot do what was asked, such as a network's or a cluster's.
@@ -105,6 +120,7 @@ def update_json(path):
 
 
 ENDINGS = {"out": ".png", "gif": ".gif", "npz": ".npz"}    # keys by which a reader names a file of the run's folder
+_TAKEN = re.compile(r"loss\.png|claim\.png|preview_\d+\.png")         # what training and claims leave there
 
 
 def check_names(settings, lesson):
@@ -112,10 +128,11 @@ def check_names(settings, lesson):
     for key, ending in ENDINGS.items():
         name = str(getattr(settings, key, ""))
         stem, beyond = name.removesuffix(ending), set(name) & set('/\\:*?"<>|') or not name.isprintable()
-        if name and (not name.endswith(ending) or stem.strip(". ") != stem or not stem or beyond):
+        if name and (not name.endswith(ending) or stem.strip(". ") != stem or not stem or beyond) or (
+                key == "out" and hasattr(settings, key) and (not name or _TAKEN.fullmatch(name))):
             raise UserError(f"{key}={name} must be a plain file name that ends in {ending}, such as mine{ending}; the "
                             "file goes to the run's folder (runs=FOLDER chooses another)")
-    if not settings.runs.strip() or (lesson / settings.runs).resolve() == lesson:
+    if not settings.runs.strip() or (lesson / os.path.expanduser(settings.runs)).resolve() == lesson:
         raise UserError(f'runs={settings.runs or chr(34) * 2} must name a folder of its own, such as runs=runs')
 
 

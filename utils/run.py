@@ -7,6 +7,7 @@ of their own: checkpoint.py, log.py and weights.py.
 
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -20,12 +21,13 @@ from types import SimpleNamespace
 import torch
 
 from . import checkpoint, files, launch
-from .config import OVERLAYS, load, plain, split
+from .config import OVERLAYS, SCRIPTS, find, load, plain, read_bounds, split
 from .device import check_processes, device_name, move, peak_memory_mb, start, wait_for
 from .errors import UserError, disk_error, mute
 from .files import atomic, lesson_name, lock, numbered, read_json, short, update_json, write_json
 from .images import PICTURES, check_finite
 from .log import Log, progress
+from .scores import check_number
 from .syntax import code_hash
 from .weights import Weights, choose, save_weights
 
@@ -51,13 +53,20 @@ class Run:
         self._start, self._seconds_before, self._waited = None, 0.0, 0.0
         config, cuda = self.lesson / "config.yaml", torch.cuda.is_available()
         self.config = load(config, self.script, self.argv, cuda)
+        self.given = {(section, key): f"{typed}={text}"
+                      for section, key, typed, text in find(plain(self.config), self.script, self.argv)}
         files.check_names(self.settings, self.lesson)
+        if self.script == "train":
+            self.check_given(vars(self.config).keys() - SCRIPTS)
+        if getattr(self.settings, "metrics", False):
+            check_number(self.settings.n)
         try:
             if self.script == "train" and getattr(self.settings, "resume", False):
                 self.config = load(config, self.script, self._resume(), cuda, quiet=True)
-                self._changed = checkpoint.check_same(self._resumed, self.config, self.script, self.folder.name)
+                self._changed = checkpoint.check_same(self._resumed, self.config, self.script, self.folder)
             if self.settings.publish:                  # a damaged file is said before the work, not after it
                 read_json(self.lesson / "results" / "results.json")
+                files.sweep(self.lesson / "results")
             if self.script == "train":
                 before = len(self._resumed["random"]) if self._resumed else None
                 if (many := launch.number(file, self.settings, before)) > 1:
@@ -80,6 +89,26 @@ class Run:
     @property
     def is_main(self):
         return self.rank == 0
+
+    def check_given(self, sections=(), decided=None):
+        """UserError if the reader gave a key of another section that this script's code does not read (`config.NAME`).
+
+        sections: those that it hands on as they are. decided: the weights file that decides some others.
+        """
+        code = (self.lesson / f"{self.script}.py").read_text(encoding="utf-8")
+        for (section, key), typed in self.given.items():
+            if section in (self.script, *sections) or re.search(rf"config\.{section}(\.{key}\b|(?![.\w]))", code):
+                continue
+            there = decided.config.get(section, {}) if decided else {}
+            if key in there.keys():
+                raise UserError(f"{typed}: the weights decide that, and {short(decided.path)} has {section}.{key}="
+                                f"{there[key]}; leave it out, or train with it: python train.py {typed}")
+            raise UserError(f"{typed}: {self.script}.py does not read {section}.{key}; leave it out")
+
+    def refuse(self, key, reason):
+        """UserError if the reader gave this key of the script's own section: here it would have no effect."""
+        if (self.script, key) in self.given:
+            raise UserError(f"{self.given[self.script, key]}: {reason}; leave it out")
 
     def say(self, text):
         """Print once, however many processes there are."""
@@ -126,7 +155,7 @@ class Run:
     def _runs(self):
         """The folder of this script's runs: `runs` in the lesson, or an absolute path; smoke and quick ones aside."""
         aside = "smoke" if self.settings.smoke else "quick" if getattr(self.settings, "quick", False) else ""
-        return self.lesson / self.settings.runs / aside
+        return self.lesson / os.path.expanduser(self.settings.runs) / aside
 
     def open_folder(self, name=None):
         """Make (or take) the folder of this run and hold it: a number of its own for every training."""
@@ -148,6 +177,7 @@ class Run:
                     except FileExistsError:
                         number += 1
                 self._hold()
+            files.sweep(self.folder)
         if self.world > 1:
             from accelerate.utils import broadcast_object_list
 
@@ -338,17 +368,17 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _resume(self):
-        """Find the newest unfinished run and read its checkpoint. Returns its arguments followed by the new ones."""
-        self.folder = checkpoint.unfinished(self._runs())
+        """Find the run to go on with and read its checkpoint. Returns its arguments followed by the new ones."""
+        self.folder = checkpoint.to_resume(self._runs())
         if int(os.environ.get("RANK", 0)) == 0:
             self._hold()
-            for leftover in self.folder.glob(".last.*.pt"):                # of a crash while saving
-                leftover.unlink()
+            files.sweep(self.folder)
         self._resumed = checkpoint.newest(self.folder, self.name)
         try:
             before = read_json(self.folder / "run.json").get("argv", [])
         except (OSError, UserError):
             before = []
+        before = [a for a in before if isinstance(a, str)] if isinstance(before, list) else []
         # An overlay named again would be laid over the values that followed it. The GPU's is laid or not as it was,
         # whatever this machine has: it says how large the network is.
         laid = [split(a) for a in before if split(a)[0] in OVERLAYS]
@@ -367,6 +397,7 @@ class Run:
         """
         try:
             result = self._write_results(ema, networks) if self.is_main else None
+            self._save_end()
         finally:
             self._release()
         self.close()
@@ -391,6 +422,7 @@ class Run:
         try:
             failed = None
             self.record("train", **numbers)
+            write_json(self.folder / "run.json", read_json(self.folder / "run.json") | {"finished": self.step})
         except (UserError, OSError) as error:
             failed = isinstance(error, OSError) and disk_error(error) or error
         if records and "loss" in records[0]:
@@ -402,6 +434,15 @@ class Run:
         if failed:
             raise UserError(f"the weights are whole, the numbers of this run could not be kept: {failed}")
         return SimpleNamespace(folder=self.folder, weights=weights, records=records, **numbers)
+
+    def _save_end(self):
+        """A last checkpoint, from which a finished run may go on with more steps; a run without it is whole too."""
+        try:
+            if getattr(self.settings, "save_every", 0):
+                self.save()
+        except (OSError, UserError) as error:
+            print(f"warning: no checkpoint of the end ({isinstance(error, OSError) and disk_error(error) or error}); "
+                  "the weights and the numbers are whole", file=sys.stderr)
 
     def _losses(self, records):
         """[path of loss.png]; [] and a warning where it cannot be drawn."""
@@ -465,7 +506,8 @@ class Run:
 
     def read(self, path):
         """A weights file of this lesson or of the one that it takes its published weights from."""
-        return Weights(path, self.name, lesson_name(self.published.parent.parent))
+        return Weights(path, self.name, lesson_name(self.published.parent.parent),
+                       bounds=read_bounds(self.lesson / "config.yaml"))
 
     def weights(self):
         """The weights that this script should use; says which.
@@ -475,9 +517,11 @@ class Run:
         """
         path, what = choose(getattr(self.settings, "weights", ""), self._runs(), self.published)
         loaded = self.read(path)
+        self.check_given(decided=loaded)
         self.say(f"using the {what}: {short(path)}")
         if path.parent.parent == self._runs():
             self.folder = path.parent
+            files.sweep(self.folder)
         else:
             self.open_folder("published" if path == self.published else "samples")
         return loaded
@@ -499,12 +543,16 @@ def trained(train, folder, argv, lesson):
     if runs:
         made = read_json(runs[-1] / "run.json")
         same = made.get("code") == code_hash(lesson) and all(
-            made.get("config", {}).get(s) == v for s, v in wanted.items() if s not in ("sample", "reproduce"))
+            made.get("config", {}).get(section, {}).get(key) == value for section, values in wanted.items()
+            if section not in ("sample", "reproduce") for key, value in values.items() if key != "debug")
         if same and (runs[-1] / "weights.safetensors").exists():
             return runs[-1] / "weights.safetensors"
         if same and checkpoint.checkpoints(runs[-1]):
-            return train([*argv, "--resume"]).weights
-    return train(argv).weights
+            argv = [*argv, "--resume"]
+    weights = train(argv).weights
+    for path in checkpoint.checkpoints(weights.parent):            # nobody goes on with an arm: its checkpoints only
+        path.unlink()                                              # take room
+    return weights
 
 
 def ramp(step, warmup, steps):

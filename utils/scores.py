@@ -136,6 +136,12 @@ def floor(n, low=False, seeds=3):
     return sum(fid_to_test(train.first(n, shuffle_seed=seed)[0], low) for seed in range(seeds)) / seeds
 
 
+def check_number(n):
+    """UserError if n images are too few to score, or more than there are images to compare them with."""
+    if not 100 <= n <= 60_000:
+        raise UserError(f"scores (metrics=true) need 100 to 60000 images, not n={n}")
+
+
 def score(x, labels=None):
     """All scores of images x (N, 1, 28, 28) against MNIST's test set, as a dict of plain numbers.
 
@@ -147,8 +153,7 @@ def score(x, labels=None):
 
     n = len(x)
     check_finite(x)
-    if n < 100:
-        raise UserError(f"scores need at least 100 images, not n={n}: raise n")
+    check_number(n)
     feature, reference = features(x), _test_features()
     kid = kid_features_to_metric(feature, reference, kid_subsets=50, kid_subset_size=min(1000, n), verbose=False,
                                  rng_seed=0)

@@ -1,11 +1,12 @@
 """Weights files: a network in fp16 with all that is needed to build it again, and which of them a script takes."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
 
-from .config import Section
+from .config import Section, within
 from .errors import Diverged, UserError
 from .files import atomic, numbered
 
@@ -29,10 +30,10 @@ class Sections(dict):
 class Weights:
     """A weights file: `.config` holds the sections its objects were made from, `.load(net)` fills a network.
 
-    lessons: names of the lessons that it may be of.
+    lessons: names of the lessons that it may be of. bounds: {(section, key): Bound} that its values are held to.
     """
 
-    def __init__(self, path, *lessons):
+    def __init__(self, path, *lessons, bounds=()):
         from safetensors import SafetensorError, safe_open
 
         self.path = Path(path)
@@ -58,6 +59,12 @@ class Weights:
                 name: Section(**values) for name, values in json.loads(meta["config"]).items()})
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path} does not say how its network is built: train again") from None
+        for section, key in bounds:
+            if (values := self.config.get(section)) and key in values.keys():
+                try:
+                    within(f"{section}.{key}", values[key], bounds[section, key], "its configuration")
+                except UserError as error:
+                    raise UserError(misfit(path, error)) from None
 
     def load(self, net):
         """Copy the weights into `net` (float32). Every parameter must be there with its shape."""
@@ -84,8 +91,18 @@ def save_weights(net, path, lesson, **config):
     if bad := not_finite(state):
         raise Diverged(f"the weights are not finite ({bad[0]}): not written. Try a smaller lr or precision=fp32")
     with atomic(path) as temporary:
-        temporary.write_bytes(save(state, {"lesson": lesson, "config": json.dumps(config)}))
+        temporary.write_bytes(_ordered(save(state, {"lesson": lesson, "config": json.dumps(config)})))
     return path
+
+
+def _ordered(content):
+    """A safetensors file with its metadata in a fixed order: safetensors' own is another in every process."""
+    start = 8 + int.from_bytes(content[:8], "little")  # eight bytes, the length of the header; the header; tensors
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)                    # the tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 COMPILED = "_orig_mod."                                # what torch.compile puts into the names of a network's parts
@@ -127,7 +144,7 @@ def choose(given, runs, published):
     if given == "published" or not given and not trained and published.exists():
         return published, "published weights"
     if given:
-        return Path(given), "given weights"
+        return Path(os.path.expanduser(given)), "given weights"
     if trained:
         return trained[-1], f"weights of your training run {trained[-1].parent.name}"
     raise UserError(f"no weights in {runs} and none published in {published.parent}: run `python train.py` first")

@@ -21,6 +21,9 @@ def main(argv=None):
     net = weights.load(UNet(**weights.config["unet"]))
     ddpm, net = run.place(ddpm, net)
     t, steps = min(cfg.t, ddpm.timesteps - 1), min(cfg.steps, ddpm.timesteps)
+    for key, most in (("t", t), ("steps", steps)):
+        if most < cfg[key]:
+            run.refuse(key, f"the process of these weights knows at most {most}")
     x0, y0, _, _ = pairs(cfg.n, cfg.seed)
 
     def way(x0, y0, lams, t=t, rule=cfg.rule, seed=0):
@@ -33,7 +36,7 @@ def main(argv=None):
     seconds, calls = run.clock() - start, len(ddpm.times(t, steps)) - 1
     print(f"{cfg.n} pairs mixed at t = {t}, {calls} network calls each, in {seconds:.1f} s")
     few = strip(x0[:8], y0[:8], way(x0[:8], y0[:8], [i / 8 for i in range(9)]))
-    run.output(save_strip, few, "samples.png")
+    run.output(save_strip, few, cfg.out)
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:

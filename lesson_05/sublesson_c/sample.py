@@ -24,7 +24,7 @@ def main(argv=None):
     start = run.clock()
     x = draw(ddpm, net, c, null, cfg.steps, cfg.guidance, run.generator(), cfg.batch)
     seconds, calls = run.clock() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
-    run.output(save_grid, x[:60], "samples.png", columns=10)
+    run.output(save_grid, x[:60], cfg.out, columns=10)
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz, labels=c)

@@ -29,7 +29,7 @@ def main(argv=None):
     start = run.clock()
     x = draw(ddpm, net, words, texts, cfg.steps, cfg.guidance, run.generator(), cfg.batch)
     seconds, calls = run.clock() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
-    run.output(save_grid, x[:90], "samples.png", columns=10)
+    run.output(save_grid, x[:90], cfg.out, columns=10)
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s; the first: {texts[0]!r}")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz, labels=digit)
