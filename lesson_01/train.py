@@ -2,6 +2,7 @@
 
     python train.py                          MNIST, the values of config.yaml
     python train.py data=swiss_roll          points on a spiral; also data=eight and data=two
+    python train.py data=../my_images        your own images; data=fashion: clothes
     python train.py steps=500 lr=1e-3        other values; --help lists them
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model
@@ -11,24 +12,24 @@ import torch
 
 from model import MLP, Diffusion, eight_gaussians, swiss_roll, two_gaussians
 from sample import picture
-from utils import EMA, Run, UserError, cli, derive, digits, ramp, save_grid
+from utils import EMA, Run, cli, derive, ramp, save_grid
 
 
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
-    kind = "digits" if cfg.data == "digits" else "points"
+    kind = "points" if cfg.data in ("swiss_roll", "eight", "two") else "digits"
     process = {**run.config.diffusion}
     if process["predict"] == "auto":
         process["predict"] = "x0" if kind == "digits" else "noise"
     diffusion, net = Diffusion(**process), MLP(**run.config[kind])
-    data = digits("train", cfg.batch_size, cfg.seed, cfg.limit or None) if kind == "digits" else Points(diffusion, cfg)
+    data = Points(diffusion, cfg) if kind == "points" else run.images(run.config.digits, limit=cfg.limit or None)
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, fused=True)
     diffusion, net, optimizer = run.prepare(diffusion, net, optimizer)
     ema = EMA(net, cfg.ema_decay)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
 
-    for step, (x0, _) in run.steps(data):               # (B, 1, 28, 28) in [-1, 1], or (B, 2)
+    for step, (x0, _) in run.steps(data):               # (B, C, H, W) in [-1, 1], or (B, 2)
         optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
         loss = diffusion.loss(net, x0)
         optimizer.zero_grad()
@@ -49,8 +50,6 @@ class Points:
     def __init__(self, diffusion, cfg):
         known = {"swiss_roll": swiss_roll, "eight": eight_gaussians(diffusion).draw,
                  "two": two_gaussians(diffusion).draw}
-        if cfg.data not in known:
-            raise UserError(f"data={cfg.data} must be digits, {', '.join(known)}")
         self.draw, self.batch_size, self.seed = known[cfg.data], cfg.batch_size, cfg.seed
 
     def batch(self, step, rank=0, world=1):

@@ -30,7 +30,7 @@ def main(argv=None):
     claim = Claim(__file__, argv, sections=("dpm", "binomial", "digits", "points", "bits"))
     run, cfg = claim.run, claim.cfg
     small = [f"batch_size={cfg.bit_batch}", "precision=fp32"]
-    arms = {"digits": arm("digits", cfg.steps, cfg.bound_n),
+    arms = {"digits": arm("mnist", cfg.steps, cfg.bound_n),
             "heartbeat": arm("heartbeat", cfg.bit_steps, cfg.bit_n, *small)}
     rows = claim.arms(arms, train=train.main, measure=measure)
     roll = claim.arms({"swiss_roll": arm("swiss_roll", cfg.point_steps, cfg.bit_n, *small)}, train=train.main,

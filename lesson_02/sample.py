@@ -34,7 +34,7 @@ def main(argv=None):
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, denoising(chain, net, 6, steps, run.generator(1)), cfg.gif, columns=6)
+        run.output(save_gif, denoising(chain, net, 6, steps, run.generator(1), shape), cfg.gif, columns=6)
     if cfg.metrics:
         scores = score(x)
         print(report(scores))
@@ -52,7 +52,9 @@ def build(config):
 
 
 def shape_of(config):
-    return tuple(config["bits"]["shape"]) if "bits" in config else (2,) if "points" in config else (1, 28, 28)
+    if "bits" in config:
+        return tuple(config["bits"]["shape"])
+    return (2,) if "points" in config else (1, *[getattr(config["digits"], "image_size", 28)] * 2)
 
 
 def draw(chain, net, n, steps, shape, generator):
@@ -61,9 +63,9 @@ def draw(chain, net, n, steps, shape, generator):
     return chain.sample(net, n, shape=shape, generator=generator, **fewer)
 
 
-def denoising(chain, net, n, steps, generator, frames=30):
+def denoising(chain, net, n, steps, generator, shape=(1, 28, 28), frames=30):
     """Pictures of a batch on its way: x_t, and below it the x_0 that the step aims at."""
-    xT = torch.randn(n, 1, 28, 28, generator=generator).to(chain.abar.device)
+    xT = torch.randn(n, *shape, generator=generator).to(chain.abar.device)
     path = [chain.restore(torch.cat([x, x0])).cpu() for _, x, x0 in chain.reverse(net, xT, steps, generator=generator)]
     return [path[round(i)] for i in torch.linspace(0, len(path) - 1, min(frames, len(path))).tolist()]
 

@@ -2,6 +2,7 @@
 
     python train.py                          MNIST, the values of config.yaml
     python train.py data=swiss_roll          points on a spiral; data=heartbeat: bits, with the binomial chain
+    python train.py data=../my_images        your own images; data=fashion: clothes
     python train.py steps=500 lr=1e-3        other values; --help lists them
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model
@@ -11,17 +12,17 @@ import torch
 
 from model import swiss_roll
 from sample import build, draw, picture
-from utils import EMA, Run, UserError, cli, derive, digits, ramp, save_grid, to_float
+from utils import EMA, Run, UserError, cli, derive, ramp, save_grid
 
 
 # Adapted from lesson_01/train.py: main -- minus the bound is the loss, and the whole bound of test data is logged
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
-    kind = {"digits": "digits", "swiss_roll": "points", "heartbeat": "bits"}.get(cfg.data)
-    if kind is None:
-        raise UserError(f"data={cfg.data} must be digits, swiss_roll or heartbeat")
-    data = digits("train", cfg.batch_size, cfg.seed) if kind == "digits" else Drawn(cfg)
+    kind = {"swiss_roll": "points", "heartbeat": "bits"}.get(cfg.data, "digits")
+    if kind == "digits" and run.config.digits.image_size % 2:
+        raise UserError(f"image_size={run.config.digits.image_size} must be even: a position has 2 x 2 pixels")
+    data = run.images(run.config.digits) if kind == "digits" else Drawn(cfg)
     config = {"binomial": {**run.config.binomial}} if kind == "bits" else {"dpm": {**run.config.dpm, **scale(data)}}
     config[kind] = {**run.config[kind]}
     chain, net = build(config)
@@ -29,9 +30,10 @@ def main(argv=None):
     chain, net, optimizer = run.prepare(chain, net, optimizer)
     ema = EMA(net, cfg.ema_decay)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
-    test = digits("test").first(cfg.bound_n)[0] if kind == "digits" else data.draw(cfg.bound_n, run.generator(-1))
+    test = (run.images(run.config.digits, "test", limit=cfg.bound_n).all() if kind == "digits" else
+            data.draw(cfg.bound_n, run.generator(-1)))
 
-    for step, (x0, _) in run.steps(data):               # (B, 1, 28, 28) in [-1, 1], points (B, 2) or bits (B, 20)
+    for step, (x0, _) in run.steps(data):               # (B, 1, H, W) in [-1, 1], points (B, 2) or bits (B, 20)
         optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
         loss = chain.loss(net, x0)                      # minus the bound, bits a pixel
         optimizer.zero_grad()
@@ -52,7 +54,7 @@ def main(argv=None):
 def scale(data):
     """Mean and standard deviation of the data over all values, and the number of their grey levels."""
     drawn = isinstance(data, Drawn)
-    x = data.draw(100_000, torch.Generator().manual_seed(0)) if drawn else to_float(data.images)
+    x = data.draw(100_000, torch.Generator().manual_seed(0)) if drawn else data.all()
     return {"mean": x.mean().item(), "std": x.std().item(), "levels": 0 if drawn else 256}
 
 

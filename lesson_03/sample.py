@@ -10,7 +10,7 @@
 import torch
 
 from model import NCSN, ScoreNet, dequantise, from_unit
-from utils import Run, cli, digits, report, save_gif, save_grid, save_npz, save_strip, score
+from utils import Run, cli, report, save_gif, save_grid, save_npz, save_strip, score
 
 
 # Adapted from lesson_01/sample.py: main -- Langevin steps at each level; pictures of levels and of inpainting
@@ -21,17 +21,17 @@ def main(argv=None):
     ncsn = NCSN(**weights.config["ncsn"])
     net = weights.load(ScoreNet(ncsn.levels, **weights.config["scorenet"]))
     ncsn, net = run.place(ncsn, net)
-    calls = ncsn.levels * cfg.steps
+    calls, shape = ncsn.levels * cfg.steps, weights.data.shape
 
     start = run.clock()
-    x = draw(ncsn, net, cfg.n, cfg.steps, cfg.epsilon, run.generator(), cfg.batch)
+    x = draw(ncsn, net, cfg.n, cfg.steps, cfg.epsilon, run.generator(), cfg.batch, shape)
     seconds = run.clock() - start
     run.output(save_grid, x[:64], cfg.out)
-    print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
+    print(f"{cfg.n} images, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, denoising(ncsn, net, 6, cfg, run.generator(1)), cfg.gif, columns=6)
+        run.output(save_gif, denoising(ncsn, net, 6, cfg, run.generator(1), shape=shape), cfg.gif, columns=6)
     if cfg.figures:
         figures(run, ncsn, net, x)
     if cfg.metrics:
@@ -41,15 +41,15 @@ def main(argv=None):
     return x
 
 
-def draw(ncsn, net, n, steps, epsilon, generator, batch=128):
-    """n samples in batches, (n, 1, 28, 28) in about [-1, 1]."""
+def draw(ncsn, net, n, steps, epsilon, generator, batch=128, shape=(1, 28, 28)):
+    """n samples in batches, (n, C, H, W) in about [-1, 1]."""
     sizes = [min(batch, n - i) for i in range(0, n, batch)]
-    return from_unit(torch.cat([ncsn.sample(net, size, steps, epsilon, generator=generator) for size in sizes]))
+    return from_unit(torch.cat([ncsn.sample(net, size, steps, epsilon, shape, generator) for size in sizes]))
 
 
-def denoising(ncsn, net, n, cfg, generator, frames=40):
+def denoising(ncsn, net, n, cfg, generator, frames=40, shape=(1, 28, 28)):
     """Pictures of one batch on its way: x and beside it the x_0 estimated from it."""
-    start = ncsn.start(n, (1, 28, 28), generator)
+    start = ncsn.start(n, shape, generator)
     path = [torch.stack([x, x0], dim=1).flatten(0, 1).cpu()
             for _, x, x0 in ncsn.anneal(net, start, cfg.steps, cfg.epsilon, generator)]
     return [from_unit(path[i]) for i in sorted({round(i) for i in torch.linspace(0, len(path) - 1, frames).tolist()})]
@@ -58,19 +58,19 @@ def denoising(ncsn, net, n, cfg, generator, frames=40):
 def figures(run, ncsn, net, x):
     """Three more pictures: chains level by level, right halves made up anew, samples and nearest training images."""
     cfg, generator = run.config.sample, run.generator(2)
-    rows = [ncsn.start(8, (1, 28, 28), generator)]
+    rows = [ncsn.start(8, x.shape[1:], generator)]
     for k, (_, state, _) in enumerate(ncsn.anneal(net, rows[0], cfg.steps, cfg.epsilon, generator)):
         rows += [state] if (k + 1) % cfg.steps == 0 else []                # the end of each level
     run.output(save_strip, [from_unit(chain) for chain in torch.stack(rows, dim=1)], "levels.png")
 
-    known = dequantise(digits("test").first(12)[0]).to(run.device)
+    known = dequantise(run.images(split="test", limit=12).all()).to(run.device)
     left = torch.zeros_like(known, dtype=torch.bool)
-    left[..., :14] = True
+    left[..., :known.shape[3] // 2] = True
     filled = [ncsn.inpaint(net, known, left, cfg.steps, cfg.epsilon, generator) for _ in range(4)]
     rows = [known, torch.where(left, known, 0.25), *filled]
     run.output(save_strip, [from_unit(row) for row in rows], "inpainting.png")
 
-    train, _ = digits("train").first(60_000)
+    train = run.images().all()
     few = x[:12].cpu()
     run.output(save_strip, [few, train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]], "neighbours.png")
 

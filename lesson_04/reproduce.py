@@ -64,7 +64,7 @@ def main(argv=None):
                                  {"arm": SMALL, "kind": "ema", "step": last[-1]}], seed=claim.seeds)
     ends = claim.each(last_step, network="published", seed=claim.seeds)
 
-    known = constants(train.settings(run.config.ncsn))
+    known = constants(train.settings(run.config.ncsn, digits("train")))
     claim.exact("a1", "Technique 4 gives the step sizes reported for the paper's two models, to both digits",
                 paper="6.2e-6 for CIFAR-10, 3.3e-6 for CelebA",
                 holds=all(f"{row['epsilon']:.1e}" == f"{row['reported']:.1e}" for row in known["paper"].values()))
@@ -217,7 +217,7 @@ def exact_scores(run):
     cfg, table = run.config.reproduce, {}
     images, labels = digits("train").first(cfg.exact_images)
     images, share = to_unit(images).flatten(1), torch.bincount(labels, minlength=10) / len(labels)
-    levels = train.settings(run.config.ncsn)
+    levels = train.settings(run.config.ncsn, digits("train"))
     for name, sigma_1 in ((DATA, levels.sigma_1), (SMALL, cfg.small_sigma_1)):
         x = Exact(sigma_1, levels.sigma_L).sample(images, cfg.exact_n, cfg.sample_steps, generator=run.generator())
         found = torch.cdist(x.flatten(1), images).argmin(1)

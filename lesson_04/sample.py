@@ -10,7 +10,7 @@
 import torch
 
 from model import NCSNv2, ScoreNet, from_unit
-from utils import Run, cli, digits, report, save_gif, save_grid, save_npz, save_strip, score
+from utils import Run, cli, report, save_gif, save_grid, save_npz, save_strip, score
 
 
 # Adapted from lesson_03/sample.py: main -- the step size follows from T; a last denoising step
@@ -20,16 +20,16 @@ def main(argv=None):
     weights = run.weights()                             # the file carries its network's configuration
     ncsn, net = run.place(NCSNv2(**weights.config["ncsn"]), weights.load(ScoreNet(**weights.config["scorenet"])))
 
-    start = run.clock()
-    x = draw(ncsn, net, cfg.n, cfg.steps, run.generator(), cfg.denoise, cfg.batch)
+    shape, start = weights.data.shape, run.clock()
+    x = draw(ncsn, net, cfg.n, cfg.steps, run.generator(), cfg.denoise, cfg.batch, shape)
     seconds = run.clock() - start
     run.output(save_grid, x[:64], cfg.out)
     calls = ncsn.levels * cfg.steps + cfg.denoise
-    print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
+    print(f"{cfg.n} images, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, path(ncsn, net, 12, cfg.steps, run.generator(1)), cfg.gif, columns=6)
+        run.output(save_gif, path(ncsn, net, 12, cfg.steps, run.generator(1), shape=shape), cfg.gif, columns=6)
     if cfg.figures:
         figures(run, ncsn, net, x)
     if cfg.metrics:
@@ -40,17 +40,17 @@ def main(argv=None):
 
 
 # Adapted from lesson_03/sample.py: draw -- the last step instead of a step size
-def draw(ncsn, net, n, steps, generator, denoise=True, batch=128):
-    """n samples in batches, (n, 1, 28, 28) in about [-1, 1]."""
+def draw(ncsn, net, n, steps, generator, denoise=True, batch=128, shape=(1, 28, 28)):
+    """n samples in batches, (n, C, H, W) in about [-1, 1]."""
     sizes = [min(batch, n - i) for i in range(0, n, batch)]
-    return torch.cat([from_unit(ncsn.sample(net, size, steps, denoise=denoise, generator=generator))
+    return torch.cat([from_unit(ncsn.sample(net, size, steps, shape, denoise, generator))
                       for size in sizes])
 
 
-def path(ncsn, net, n, steps, generator, frames=30):
+def path(ncsn, net, n, steps, generator, frames=30, shape=(1, 28, 28)):
     """Pictures of n chains on their way: x after a level and beside it the x_0 estimated from it, n / 2 of each."""
     ends = {}                                           # the last step of every level
-    for level, *images in ncsn.anneal(net, ncsn.start(n // 2, (1, 28, 28), generator), steps, generator):
+    for level, *images in ncsn.anneal(net, ncsn.start(n // 2, shape, generator), steps, generator):
         ends[level] = images
     x, _ = ends[ncsn.levels - 1]
     shown = [ends[i] for i in sorted({round(i) for i in torch.linspace(0, ncsn.levels - 1, frames).tolist()})]
@@ -61,9 +61,9 @@ def path(ncsn, net, n, steps, generator, frames=30):
 def figures(run, ncsn, net, x):
     """Two more pictures: chains level by level, and samples above their nearest training images."""
     steps = run.config.sample.steps
-    frames = torch.stack(path(ncsn, net, 8, steps, run.generator(2), 14))               # (frames, 8, 1, 28, 28)
+    frames = torch.stack(path(ncsn, net, 8, steps, run.generator(2), 14, x.shape[1:]))       # (frames, 8, C, H, W)
     run.output(save_strip, [frames[:, i] for i in range(8)], "levels.png")
-    few, (train, _) = x[:12].cpu(), digits("train").first(60_000)
+    few, train = x[:12].cpu(), run.images().all()
     run.output(save_strip, [few, train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]], "neighbours.png")
 
 

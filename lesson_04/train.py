@@ -2,22 +2,26 @@
 
     python train.py                          the values of config.yaml
     python train.py steps=500 lr=1e-3        other values; --help lists them
+    python train.py data=../my_images        your own images; data=fashion: clothes
     python train.py sigma_1=1                without Technique 1: the largest noise of lesson 03
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model
 """
 
+import math
+
 import torch
 
 from model import NCSNv2, ScoreNet, dequantise, from_unit, max_distance, to_unit
-from utils import EMA, Run, Section, Weights, cli, digits, ramp, save_grid, save_weights
+from utils import EMA, Run, Section, Weights, cli, ramp, save_grid, save_weights
 
 
 # Adapted from lesson_03/train.py: main -- sigma_1 from the data; an average of the weights; snapshots for the claim
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
-    levels = settings(run.config.ncsn)
+    data = run.images(run.config.scorenet)
+    levels = settings(run.config.ncsn, data)
     ncsn, net = NCSNv2(**levels), ScoreNet(**run.config.scorenet)
     if cfg.start:
         Weights(run.lesson / cfg.start, run.name).load(net)
@@ -27,7 +31,7 @@ def main(argv=None):
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
     run.say(f"sigma_1 = {levels.sigma_1:.2f}, {ncsn.levels} levels, {ncsn.gamma:.4f} between neighbours")
 
-    for step, (x0, _) in run.steps(digits("train", cfg.batch_size, cfg.seed)):      # (B, 1, 28, 28) in [-1, 1]
+    for step, (x0, _) in run.steps(data):               # (B, C, H, W) in [-1, 1]
         optimizer.param_groups[0]["lr"] = cfg.lr * (ramp(step, cfg.warmup, cfg.steps) if cfg.decay else
                                                     min((step + 1) / max(cfg.warmup, 1), 1))
         loss = ncsn.loss(net, dequantise(x0))           # 1 / 2 |sigma s + z|^2 at a random level for each image
@@ -38,7 +42,7 @@ def main(argv=None):
         ema.update(net)                                 # samples come from the average of the weights
         run.log(loss=loss)
         if run.every(cfg.preview_every):
-            x = ncsn.sample(ema.module, 64, run.config.sample.steps, generator=run.generator())
+            x = ncsn.sample(ema.module, 64, run.config.sample.steps, x0.shape[1:], generator=run.generator())
             save_grid(from_unit(x), run.folder / f"preview_{step + 1:06d}.png")
         if run.every(cfg.snapshot_every):               # reproduce.py compares the two
             for name, weights in (("raw", getattr(net, "module", net)), ("ema", ema.module)):
@@ -47,12 +51,10 @@ def main(argv=None):
     return run.finish(ema, ncsn=levels, scorenet=run.config.scorenet)             # weights, loss curve, numbers
 
 
-def settings(ncsn):
-    """The section `ncsn` with a number for sigma_1: Technique 1 where config.yaml says auto."""
-    if ncsn.sigma_1 == "auto":
-        x0, _ = digits("train").first(60_000)
-        ncsn = Section(**{**ncsn, "sigma_1": max_distance(to_unit(x0))})
-    return ncsn
+def settings(ncsn, data):
+    """The section `ncsn` with a number for sigma_1 (auto: Technique 1) and the numbers in an image (Technique 2)."""
+    sigma_1 = max_distance(to_unit(data.all())) if ncsn.sigma_1 == "auto" else ncsn.sigma_1
+    return Section(**{**ncsn, "sigma_1": sigma_1, "dim": math.prod(data.shape)})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@
 import torch
 
 from model import DDPM, UNet
-from utils import Run, cli, digits, figure, report, save_figure, save_gif, save_grid, save_npz, save_strip, score
+from utils import Run, cli, figure, report, save_figure, save_gif, save_grid, save_npz, save_strip, score
 
 
 def main(argv=None):
@@ -24,14 +24,14 @@ def main(argv=None):
     generator = run.generator()
 
     start = run.clock()
-    x = draw(ddpm, net, cfg.n, cfg.steps, generator, cfg.clip, cfg.batch)
+    x = draw(ddpm, net, cfg.n, cfg.steps, generator, cfg.clip, cfg.batch, weights.data.shape)
     seconds = run.clock() - start
     run.output(save_grid, x[:64], cfg.out)
-    print(f"{cfg.n} digits, {cfg.steps} network calls each, in {seconds:.1f} s")
+    print(f"{cfg.n} images, {cfg.steps} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        frames = denoising(ddpm, net, 12, cfg.steps, run.generator(1), cfg.clip)
+        frames = denoising(ddpm, net, 12, cfg.steps, run.generator(1), cfg.clip, shape=weights.data.shape)
         run.output(save_gif, frames, cfg.gif, columns=6)
     if cfg.figures:
         figures(run, ddpm, net, x)
@@ -42,15 +42,15 @@ def main(argv=None):
     return x
 
 
-def draw(ddpm, net, n, steps, generator, clip=True, batch=128):
-    """n samples in batches, (n, 1, 28, 28)."""
+def draw(ddpm, net, n, steps, generator, clip=True, batch=128, shape=(1, 28, 28)):
+    """n samples in batches, (n, C, H, W)."""
     sizes = [min(batch, n - i) for i in range(0, n, batch)]
-    return torch.cat([ddpm.sample(net, size, steps, clip=clip, generator=generator) for size in sizes])
+    return torch.cat([ddpm.sample(net, size, steps, shape, clip, generator) for size in sizes])
 
 
-def denoising(ddpm, net, n, steps, generator, clip=True, frames=30):
+def denoising(ddpm, net, n, steps, generator, clip=True, frames=30, shape=(1, 28, 28)):
     """Pictures of one batch on its way: x_t and beside it the x_0 estimated from it, n / 2 of each."""
-    x, path = torch.randn(n // 2, 1, 28, 28, generator=generator).to(ddpm.abar.device), []
+    x, path = torch.randn(n // 2, *shape, generator=generator).to(ddpm.abar.device), []
     for _, x_next, x0 in ddpm.reverse(net, x, steps, clip, generator):
         path.append(torch.stack([x, x0], dim=1).flatten(0, 1).cpu())
         x = x_next
@@ -59,17 +59,18 @@ def denoising(ddpm, net, n, steps, generator, clip=True, frames=30):
 
 
 def figures(run, ddpm, net, x):
-    """Three more pictures: digits dissolving, samples above their nearest training images, the error by time."""
-    (train, _), (test, _) = digits("train").first(60_000), digits("test").first(128)
-    test, eps = test.to(run.device), torch.randn(test.shape, generator=run.generator(2)).to(run.device)
+    """Three more pictures: images dissolving, samples above their nearest training images, the error by time."""
+    train, test = run.images().all(), run.images(split="test", limit=128).all().to(run.device)
+    eps = torch.randn(128, *test.shape[1:], generator=run.generator(2)).to(run.device)
     times = torch.linspace(0, ddpm.timesteps - 1, 13, device=run.device).round().long()
-    run.output(save_strip, [ddpm.q_sample(test[[i] * 13], times, eps[:13]) for i in range(3)], "forward.png")
+    run.output(save_strip, [ddpm.q_sample(x0.expand_as(eps[:13]), times, eps[:13]) for x0 in test[:3]], "forward.png")
     few = x[:12].cpu()
     run.output(save_strip, [few, train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]], "neighbours.png")
     error = []
     with torch.no_grad():
         for t in times[:, None].expand(-1, len(test)):
-            error.append(float((net(ddpm.q_sample(test, t, eps), t) - eps).square().mean()))
+            noise = eps[:len(test)]
+            error.append(float((net(ddpm.q_sample(test, t, noise), t) - noise).square().mean()))
     fig, ax = figure()
     ax.semilogy(times.cpu(), error, "o-")
     ax.set(xlabel="t", ylabel="squared error of the predicted noise")

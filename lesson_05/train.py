@@ -2,6 +2,7 @@
 
     python train.py                          the values of config.yaml
     python train.py steps=500 lr=1e-3        other values; --help lists them
+    python train.py data=../my_images        your own images; data=fashion: clothes
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model
 """
@@ -9,7 +10,7 @@
 import torch
 
 from model import DDPM, UNet
-from utils import EMA, Run, cli, digits, ramp, save_grid
+from utils import EMA, Run, cli, ramp, save_grid
 
 
 def main(argv=None):
@@ -21,7 +22,7 @@ def main(argv=None):
     ema = EMA(net, cfg.ema_decay)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
 
-    for step, (x0, _) in run.steps(digits("train", cfg.batch_size, cfg.seed)):      # (B, 1, 28, 28) in [-1, 1]
+    for step, (x0, _) in run.steps(run.images(run.config.unet)):                    # (B, C, H, W) in [-1, 1]
         optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
         loss = ddpm.loss(net, x0)                       # Algorithm 1, lines 2 to 5
         optimizer.zero_grad()
@@ -31,7 +32,8 @@ def main(argv=None):
         ema.update(net)                                 # samples come from the average of the weights
         run.log(loss=loss)
         if run.every(cfg.preview_every):
-            x = ddpm.sample(ema.module, 64, min(run.config.sample.steps, ddpm.timesteps), generator=run.generator())
+            x = ddpm.sample(ema.module, 64, min(run.config.sample.steps, ddpm.timesteps), x0.shape[1:],
+                            generator=run.generator())
             save_grid(x, run.folder / f"preview_{step + 1:06d}.png")
     return run.finish(ema, unet=run.config.unet, ddpm=run.config.ddpm)              # weights, loss curve, numbers
 

@@ -11,24 +11,25 @@
 import torch
 
 from model import DDIM, UNet, slerp
-from utils import Run, cli, digits, report, save_gif, save_grid, save_npz, save_strip, score
+from utils import Run, cli, report, save_gif, save_grid, save_npz, save_strip, score
 
 
 def main(argv=None):
     run = Run(__file__, argv)
     cfg = run.config.sample
-    ddim, net = load(run, run.weights())                # the file carries its network's configuration
+    ddim, net = load(run, weights := run.weights())     # the file carries its network's configuration
+    shape = weights.data.shape
     way = {"times": ddim.times(cfg.steps, cfg.spacing), "eta": cfg.eta, "hat": cfg.sigma_hat, "clip": cfg.clip_x0}
 
     start = run.clock()
-    x = draw(ddim, net, cfg.n, cfg.seed, cfg.batch, **way)
+    x = draw(ddim, net, cfg.n, cfg.seed, cfg.batch, shape, **way)
     seconds = run.clock() - start
     run.output(save_grid, x[:64], cfg.out)
-    print(f"{cfg.n} digits, {len(way['times'])} network calls each, in {seconds:.1f} s")
+    print(f"{cfg.n} images, {len(way['times'])} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, denoising(ddim, net, 6, run.generator(1), **way), cfg.gif, columns=6)
+        run.output(save_gif, denoising(ddim, net, 6, run.generator(1), shape=shape, **way), cfg.gif, columns=6)
     if cfg.figures:
         figures(run, ddim, net, **way)
     if cfg.metrics:
@@ -44,16 +45,16 @@ def load(run, weights):
     return run.place(DDIM(**weights.config["ddpm"]), weights.load(UNet(**weights.config["unet"])))
 
 
-def draw(ddim, net, n, seed, batch=128, **way):
-    """n samples in batches, (n, 1, 28, 28). The seed gives the same x_T whatever eta, steps and batch are."""
+def draw(ddim, net, n, seed, batch=128, shape=(1, 28, 28), **way):
+    """n samples in batches, (n, C, H, W). The seed gives the same x_T whatever eta, steps and batch are."""
     noise, steps = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 10**6)
-    xT = torch.randn(n, 1, 28, 28, generator=noise).to(ddim.abar.device)
+    xT = torch.randn(n, *shape, generator=noise).to(ddim.abar.device)
     return torch.cat([ddim.sample(net, part, generator=steps, **way) for part in xT.split(batch)])
 
 
-def denoising(ddim, net, n, generator, frames=30, **way):
+def denoising(ddim, net, n, generator, frames=30, shape=(1, 28, 28), **way):
     """Pictures of one batch on its way: x_t and beside it the x_0 estimated from it, n of each."""
-    x, path = torch.randn(n, 1, 28, 28, generator=generator).to(ddim.abar.device), []
+    x, path = torch.randn(n, *shape, generator=generator).to(ddim.abar.device), []
     for _, x_next, x0 in ddim.reverse(net, x, generator=generator, **way):
         path.append(torch.stack([x, x0], dim=1).flatten(0, 1).cpu())
         x = x_next
@@ -62,15 +63,15 @@ def denoising(ddim, net, n, generator, frames=30, **way):
 
 
 def figures(run, ddim, net, times, **way):
-    """Three more pictures: the same noise with more and more steps, slerp between noises, digits there and back."""
+    """Three more pictures: the same noise with more and more steps, slerp between noises, images there and back."""
     cfg, T = run.config.sample, ddim.timesteps
-    xT = torch.randn(12, 1, 28, 28, generator=run.generator(2)).to(run.device)
+    x0 = run.images(split="test", limit=12).all().to(run.device)
+    xT = torch.randn(12, *x0.shape[1:], generator=run.generator(2)).to(run.device)
     counts = [steps for steps in (5, 10, 20, 50, 100, 200) if steps <= T]
     run.output(save_strip, [ddim.sample(net, xT, ddim.times(steps, cfg.spacing)) for steps in counts], "steps.png")
-    ways = [slerp(xT[:4], xT[4:8], w) for w in torch.linspace(0, 1, 11).tolist()]           # 11 of (4, 1, 28, 28)
+    ways = [slerp(xT[:4], xT[4:8], w) for w in torch.linspace(0, 1, 11).tolist()]           # 11 of (4, C, H, W)
     x = ddim.sample(net, torch.stack(ways, dim=1).flatten(0, 1), times)
     run.output(save_strip, x.split(len(ways)), "slerp.png")
-    x0 = digits("test").first(12)[0].to(run.device)
     back = [ddim.sample(net, ddim.encode(net, x0, tau), tau) for tau in (ddim.times(s) for s in counts[1:5:2])]
     run.output(save_strip, [x0, ddim.encode(net, x0, times), *back], "reconstruction.png")
 

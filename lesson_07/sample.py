@@ -24,15 +24,17 @@ class Counted:
 def main(argv=None):
     run = Run(__file__, argv)
     cfg = run.config.sample
-    sde, net = load(run, run.weights())                 # the file carries its network's configuration
+    sde, net = load(run, weights := run.weights())      # the file carries its network's configuration
+    shape = weights.data.shape
     way, start = {"predictor": cfg.predictor, "corrections": cfg.corrections, "snr": cfg.snr}, run.clock()
-    x, calls = draw(sde, net, cfg.n, cfg.steps, run.generator(), cfg.batch, cfg.sampler, cfg.rtol, **way)
-    print(f"{cfg.n} digits, {calls} network calls each, in {(seconds := run.clock() - start):.1f} s")
+    x, calls = draw(sde, net, cfg.n, cfg.steps, run.generator(), cfg.batch, cfg.sampler, cfg.rtol, shape, **way)
+    print(f"{cfg.n} images, {calls} network calls each, in {(seconds := run.clock() - start):.1f} s")
     run.output(save_grid, x[:64], cfg.out)
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, denoising(sde, net, 6, cfg.steps, run.generator(1), **way), cfg.gif, columns=6)
+        frames = denoising(sde, net, 6, cfg.steps, run.generator(1), shape=shape, **way)
+        run.output(save_gif, frames, cfg.gif, columns=6)
     if cfg.metrics:
         scores = score(x)
         print(report(scores))
@@ -46,14 +48,14 @@ def load(run, weights):
     return run.place(SDE(**weights.config["sde"]), weights.load(UNet(**weights.config["unet"])))
 
 
-def draw(sde, net, n, steps, generator, batch=128, sampler="pc", rtol=1e-4, **way):
-    """n samples in batches, (n, 1, 28, 28), and the network calls that an image took (ode: a batch's mean)."""
+def draw(sde, net, n, steps, generator, batch=128, sampler="pc", rtol=1e-4, shape=(1, 28, 28), **way):
+    """n samples in batches, (n, C, H, W), and the network calls that an image took (ode: a batch's mean)."""
     if sampler not in ("pc", "ode"):
         raise ValueError(f"sampler={sampler} is none of pc, ode")
     stop_after(sde, steps, sampler)
     net, device, parts = Counted(net), next(net.parameters()).device, []
     for size in [min(batch, n - i) for i in range(0, n, batch)]:
-        x = sde.prior((size, 1, 28, 28), generator).to(device)
+        x = sde.prior((size, *shape), generator).to(device)
         parts.append(sde.ode_sample(net, x, rtol, rtol) if sampler == "ode" else
                      [x for _, x, _ in sde.reverse(net, x, steps, generator=generator, **way)][-1])
     return quantise(torch.cat(parts)), round(net.calls / len(parts))
@@ -65,9 +67,9 @@ def stop_after(sde, steps, sampler="pc"):
     sde.sampling_eps = sde.noising.sampling_eps if keep else 1 / max(steps, 2)
 
 
-def denoising(sde, net, n, steps, generator, frames=30, **way):
+def denoising(sde, net, n, steps, generator, frames=30, shape=(1, 28, 28), **way):
     """Pictures of one batch on its way: x_t, at the size of the data, and beside it the x_0 estimated from it."""
-    path, size, x = [], sde.noising.prior_std, sde.prior((n, 1, 28, 28), generator).to(next(net.parameters()).device)
+    path, size, x = [], sde.noising.prior_std, sde.prior((n, *shape), generator).to(next(net.parameters()).device)
     stop_after(sde, steps)
     for t, x_next, x0 in sde.reverse(net, x, steps, generator=generator, **way):
         path.append(torch.stack([x / size, x0], dim=1).flatten(0, 1).cpu())

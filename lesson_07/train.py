@@ -3,6 +3,7 @@
     python train.py                          the VP network, from lesson 05's weights
     python train.py sde.kind=ve log_share=0  the VE network; also subvp
     python train.py start= steps=9000        from random weights; --help lists all keys
+    python train.py data=../my_images        your own images; data=fashion: clothes
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model
 """
@@ -11,7 +12,7 @@ import torch
 
 from model import SDE, UNet, dequantise
 from sample import draw
-from utils import EMA, Run, Weights, cli, digits, ramp, save_grid
+from utils import EMA, Run, Weights, cli, ramp, save_grid
 
 
 # Adapted from lesson_05/train.py: main -- an SDE instead of DDPM, dequantised data, a start from trained weights
@@ -26,7 +27,7 @@ def main(argv=None):
     ema = EMA(net, cfg.ema_decay)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
 
-    for step, (x0, _) in run.steps(digits("train", cfg.batch_size, cfg.seed)):      # (B, 1, 28, 28) in [-1, 1]
+    for step, (x0, _) in run.steps(run.images(run.config.unet)):                    # (B, C, H, W) in [-1, 1]
         optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
         loss = sde.loss(net, dequantise(x0))            # a likelihood needs a density: grey levels are spread out
         optimizer.zero_grad()
@@ -36,7 +37,7 @@ def main(argv=None):
         ema.update(net)                                 # samples come from the average of the weights
         run.log(loss=loss)
         if run.every(cfg.preview_every):
-            x, _ = draw(sde, ema.module, 64, run.config.sample.steps, run.generator())
+            x, _ = draw(sde, ema.module, 64, run.config.sample.steps, run.generator(), shape=x0.shape[1:])
             save_grid(x, run.folder / f"preview_{step + 1:06d}.png")
     return run.finish(ema, unet=run.config.unet, sde=run.config.sde)                # weights, loss curve, numbers
 

@@ -160,7 +160,7 @@ def gradient_noise(run, seed):
     cfg, (ddpm, net) = run.config.reproduce, network(run, objective="vlb", lam=1.0, variance="learned")
     torch.manual_seed(1000 + seed)
     sampler = ImportanceSampler(ddpm.timesteps)
-    train.fill(ddpm, net, sampler, run.device)
+    train.fill(ddpm, net, sampler, digits("train"), run.device)
     parameters, result = [p for p in net.parameters() if p.requires_grad], {"trace": {}, "mean2": {}}
     for name, times in (("uniform", None), ("importance", sampler)):
         total, square, data = 0.0, 0.0, digits("train", cfg.batch_size, seed)

@@ -9,7 +9,7 @@
 import torch
 
 from model import IDDPM, UNet
-from utils import Run, cli, digits, report, save_gif, save_grid, save_npz, score
+from utils import Run, cli, report, save_gif, save_grid, save_npz, score
 
 
 # Adapted from lesson_05/sample.py: main -- a learned variance, skipped steps, bits/dim
@@ -23,16 +23,17 @@ def main(argv=None):
     generator = run.generator()
 
     start = run.clock()
-    x = draw(ddpm, net, cfg.n, cfg.steps, generator, cfg.clip, cfg.batch, cfg.skip)
+    x = draw(ddpm, net, cfg.n, cfg.steps, generator, cfg.clip, cfg.batch, cfg.skip, weights.data.shape)
     seconds, calls = run.clock() - start, len(ddpm.times(cfg.steps, cfg.skip))
     run.output(save_grid, x[:64], cfg.out)
-    print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
+    print(f"{cfg.n} images, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, denoising(ddpm, net, 12, cfg.steps, run.generator(1), cfg.clip), cfg.gif, columns=6)
+        frames = denoising(ddpm, net, 12, cfg.steps, run.generator(1), cfg.clip, shape=weights.data.shape)
+        run.output(save_gif, frames, cfg.gif, columns=6)
     if cfg.bound:
-        x0 = digits("test").first(cfg.bound)[0].to(run.device)
+        x0 = run.images(split="test").first(cfg.bound)[0].to(run.device)
         values, *_ = bits(ddpm, net, x0, run.generator(2))
         mean, error = float(values.mean()), float(values.std() / len(values) ** 0.5)
         print(f"{mean:.3f} +- {error:.3f} bits/dim (bound, {ddpm.variance} variance, {len(x0)} test images)")
@@ -45,16 +46,16 @@ def main(argv=None):
 
 
 # Adapted from lesson_05/sample.py: draw -- steps can be skipped
-def draw(ddpm, net, n, steps, generator, clip=True, batch=128, skip=0.0):
-    """n samples in batches, (n, 1, 28, 28)."""
+def draw(ddpm, net, n, steps, generator, clip=True, batch=128, skip=0.0, shape=(1, 28, 28)):
+    """n samples in batches, (n, C, H, W)."""
     sizes = [min(batch, n - i) for i in range(0, n, batch)]
-    return torch.cat([ddpm.sample(net, size, steps, clip=clip, generator=generator, skip=skip) for size in sizes])
+    return torch.cat([ddpm.sample(net, size, steps, shape, clip, generator, skip) for size in sizes])
 
 
 # Copied from lesson_05/sample.py: denoising
-def denoising(ddpm, net, n, steps, generator, clip=True, frames=30):
+def denoising(ddpm, net, n, steps, generator, clip=True, frames=30, shape=(1, 28, 28)):
     """Pictures of one batch on its way: x_t and beside it the x_0 estimated from it, n / 2 of each."""
-    x, path = torch.randn(n // 2, 1, 28, 28, generator=generator).to(ddpm.abar.device), []
+    x, path = torch.randn(n // 2, *shape, generator=generator).to(ddpm.abar.device), []
     for _, x_next, x0 in ddpm.reverse(net, x, steps, clip, generator):
         path.append(torch.stack([x, x0], dim=1).flatten(0, 1).cpu())
         x = x_next

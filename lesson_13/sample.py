@@ -9,26 +9,28 @@
 import torch
 
 from model import VDM, Network
-from utils import Run, cli, digits, report, save_gif, save_grid, save_npz, save_strip, score
+from utils import Run, cli, report, save_gif, save_grid, save_npz, save_strip, score
 
 
 def main(argv=None):
     run = Run(__file__, argv)
     cfg = run.config.sample
-    vdm, net = load(run, run.weights())                 # the file carries its network's configuration
+    vdm, net = load(run, weights := run.weights())      # the file carries its network's configuration
     start = run.clock()
-    x = draw(vdm, net, cfg.n, cfg.steps, run.generator(), cfg.batch)
+    x = draw(vdm, net, cfg.n, cfg.steps, run.generator(), cfg.batch, weights.data.shape)
     seconds = run.clock() - start
     run.output(save_grid, x[:64], cfg.out)
-    print(f"{cfg.n} digits, {cfg.steps} network calls each, in {seconds:.1f} s")
+    print(f"{cfg.n} images, {cfg.steps} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, denoising(vdm, net, 12, cfg.steps, run.generator(1)), cfg.gif, columns=6)
+        frames = denoising(vdm, net, 12, cfg.steps, run.generator(1), shape=weights.data.shape)
+        run.output(save_gif, frames, cfg.gif, columns=6)
     if cfg.figures:
         figures(run, vdm, net, x)
     if cfg.bound:
-        terms = measure(vdm, net, digits("test").first(cfg.bound)[0].to(run.device), cfg.draws, run.generator(2))
+        x0 = run.images(split="test").first(cfg.bound)[0].to(run.device)
+        terms = measure(vdm, net, x0, cfg.draws, run.generator(2))
         bits = {name: round(float(value.mean()), 4) for name, value in terms.items()}
         bits["standard_error"] = round(float(terms["bits_per_dim"].std()) / cfg.bound ** 0.5, 4)
         print(f"bits/dim, a bound, over {cfg.bound} test images: {bits}")
@@ -46,9 +48,9 @@ def load(run, weights, **process):
     return run.place(vdm, weights.load(Network(weights.config["schedule"], weights.config["unet"])))
 
 
-def draw(vdm, net, n, steps, generator, batch=128):
-    """n samples in batches, (n, 1, 28, 28)."""
-    return torch.cat([vdm.sample(net, min(batch, n - i), steps, generator=generator) for i in range(0, n, batch)])
+def draw(vdm, net, n, steps, generator, batch=128, shape=(1, 28, 28)):
+    """n samples in batches, (n, C, H, W)."""
+    return torch.cat([vdm.sample(net, min(batch, n - i), steps, shape, generator) for i in range(0, n, batch)])
 
 
 def measure(vdm, net, x0, draws, generator, batch=128):
@@ -59,9 +61,9 @@ def measure(vdm, net, x0, draws, generator, batch=128):
     return {**terms, "bits_per_dim": sum(terms.values())}
 
 
-def denoising(vdm, net, n, steps, generator, frames=30):
+def denoising(vdm, net, n, steps, generator, frames=30, shape=(1, 28, 28)):
     """Pictures of one batch on its way: z_t and beside it the x that the network expects, n / 2 of each."""
-    z, path = torch.randn(n // 2, 1, 28, 28, generator=generator).to(vdm.values.device), []
+    z, path = torch.randn(n // 2, *shape, generator=generator).to(vdm.values.device), []
     for _, after, x in vdm.reverse(net, z, steps, generator):
         path.append(torch.stack([z, x], dim=1).flatten(0, 1).cpu())
         z = after
@@ -70,12 +72,12 @@ def denoising(vdm, net, n, steps, generator, frames=30):
 
 
 def figures(run, vdm, net, x):
-    """Two more pictures: three digits at 13 times, samples above their nearest training images."""
-    train, eps = digits("train").first(60_000)[0], torch.randn(13, 1, 28, 28, generator=run.generator(3)).to(run.device)
+    """Two more pictures: three images at 13 times, samples above their nearest training images."""
+    train, eps = run.images().all(), torch.randn(13, *x.shape[1:], generator=run.generator(3)).to(run.device)
     with torch.no_grad():
         gamma = vdm.gamma(net, torch.linspace(0, 1, 13, dtype=torch.float64, device=run.device))
-    test, few = vdm.encode(digits("test").first(3)[0].to(run.device)), x[:12].cpu()
-    run.output(save_strip, [vdm.q_sample(test[[i] * 13], gamma, eps) for i in range(3)], "forward.png")
+    test, few = vdm.encode(run.images(split="test", limit=3).all().to(run.device)), x[:12].cpu()
+    run.output(save_strip, [vdm.q_sample(test[[i] * 13], gamma, eps) for i in range(len(test))], "forward.png")
     run.output(save_strip, [few, train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]], "neighbours.png")
 
 

@@ -8,29 +8,30 @@
 import torch
 
 from model import EDM, UNet
-from utils import Run, UserError, cli, digits, report, save_gif, save_grid, save_npz, save_strip, score, seeded
+from utils import Run, UserError, cli, report, save_gif, save_grid, save_npz, save_strip, score, seeded
 
 
 def main(argv=None):
     run = Run(__file__, argv)
     cfg = run.config.sample
-    edm, net = load(run, run.weights())                 # the file carries its network's configuration
+    edm, net = load(run, weights := run.weights())      # the file carries its network's configuration
     sigmas = edm.levels(cfg.steps, cfg.levels)
+    shape = weights.data.shape
     how = {key: cfg[key] for key in ("schedule", "solver", "churn", "s_min", "s_max", "s_noise")}
     if cfg.churn and (cfg.solver, cfg.schedule) != ("heun", "edm"):
         raise UserError(f"churn={cfg.churn:g} is Algorithm 2, which needs solver=heun schedule=edm")
     calls = cfg.steps if cfg.solver == "euler" else 2 * cfg.steps - 1
     start = run.clock()
-    x = draw(edm, net, cfg.n, cfg.seed, cfg.batch, sigmas, **how)
+    x = draw(edm, net, cfg.n, cfg.seed, cfg.batch, sigmas, shape, **how)
     seconds = run.clock() - start
     run.output(save_grid, x[:64], cfg.out)
-    print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
+    print(f"{cfg.n} images, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, denoising(edm, net, 6, run.generator(1), sigmas, **how), cfg.gif, columns=6)
+        run.output(save_gif, denoising(edm, net, 6, run.generator(1), sigmas, shape=shape, **how), cfg.gif, columns=6)
     if cfg.figures:
-        figures(run, edm, net)
+        figures(run, edm, net, shape)
     if cfg.metrics:
         print(report(scores := score(x)))
         name = f"sample_{calls}" + f"_churn_{cfg.churn:g}" * bool(cfg.churn)
@@ -44,9 +45,9 @@ def load(run, weights):
     return run.place(EDM(**weights.config["edm"]), weights.load(UNet(**weights.config["unet"])))
 
 
-def draw(edm, net, n, seed, batch, sigmas, **how):
-    """n samples in batches, (n, 1, 28, 28). The seed gives the same start whatever the way from there."""
-    noise = torch.randn(n, 1, 28, 28, generator=seeded(seed)).to(next(net.parameters()).device)
+def draw(edm, net, n, seed, batch, sigmas, shape=(1, 28, 28), **how):
+    """n samples in batches, (n, C, H, W). The seed gives the same start whatever the way from there."""
+    noise = torch.randn(n, *shape, generator=seeded(seed)).to(next(net.parameters()).device)
     on_the_way = seeded(seed + 10**6)
     return torch.cat([edm.sample(net, part, sigmas, generator=on_the_way, **how) for part in noise.split(batch)])
 
@@ -56,9 +57,9 @@ def scaled(edm, y, sigma):
     return edm.to_image(y * edm.sigma_data / (sigma ** 2 + edm.sigma_data ** 2) ** 0.5)
 
 
-def denoising(edm, net, n, generator, sigmas, frames=30, **how):
-    """Pictures of one batch on its way: x, scaled, and beside it the digit D(x; sigma) that is expected, n of each."""
-    noise = torch.randn(n, 1, 28, 28, generator=generator).to(next(net.parameters()).device)
+def denoising(edm, net, n, generator, sigmas, frames=30, shape=(1, 28, 28), **how):
+    """Pictures of one batch on its way: x, scaled, and beside it the image D(x; sigma) that is expected, n of each."""
+    noise = torch.randn(n, *shape, generator=generator).to(next(net.parameters()).device)
     path, y = [], noise * sigmas[0]
     for sigma, x, clean in edm.reverse(net, noise, sigmas, generator=generator, **how):
         path.append(torch.stack([scaled(edm, y, sigma).float(), clean], dim=1).flatten(0, 1).cpu())
@@ -68,14 +69,15 @@ def denoising(edm, net, n, generator, sigmas, frames=30, **how):
 
 
 @torch.no_grad()
-def figures(run, edm, net):
+def figures(run, edm, net, shape):
     """Two more pictures: what the denoiser sees and gives by sigma, and the same start with more and more churn."""
-    y = edm.standardise(digits("test").first(5)[0][-1:].to(run.device).expand(9, -1, -1, -1))
+    y = edm.standardise(run.images(split="test", limit=5).all()[-1:].to(run.device).expand(9, -1, -1, -1))
     sigma = torch.tensor([0.02, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0, 80.0], device=run.device)
     y = y + sigma[:, None, None, None] * torch.randn(y.shape, generator=run.generator(2)).to(run.device)
     clean = edm.to_image(edm.denoise(net, y, sigma))
     run.output(save_strip, [scaled(edm, y, sigma[:, None, None, None]), clean], "denoised.png", scale=3)
-    rows = [draw(edm, net, 12, run.settings.seed, 12, edm.levels(40), churn=churn) for churn in (0.0, 1.0, 4.0, 16.0)]
+    seed, levels = run.settings.seed, edm.levels(40)
+    rows = [draw(edm, net, 12, seed, 12, levels, shape, churn=churn) for churn in (0.0, 1.0, 4.0, 16.0)]
     run.output(save_strip, rows, "churn.png")
 
 

@@ -2,6 +2,7 @@
 
     python train.py                          the values of config.yaml
     python train.py steps=500 lr=1e-3        other values; --help lists them
+    python train.py data=../my_images        your own images; data=fashion: clothes
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model
 """
@@ -9,20 +10,22 @@
 import torch
 
 from model import EDM, UNet
-from utils import EMA, Run, cli, digits, ramp, save_grid
+from utils import EMA, Run, Section, cli, ramp, save_grid
 
 
 # Adapted from lesson_05/train.py: main -- the loss and the previews are EDM's
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
-    edm, net = EDM(**run.config.edm), UNet(**run.config.unet)
+    data = run.images(run.config.unet)
+    process = standardised(run.config.edm, data)        # auto: the mean and the deviation of these images
+    edm, net = EDM(**process), UNet(**run.config.unet)
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     edm, net, optimizer = run.prepare(edm, net, optimizer)
     ema = EMA(net, cfg.ema_decay)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
 
-    for step, (x0, _) in run.steps(digits("train", cfg.batch_size, cfg.seed)):      # (B, 1, 28, 28) in [-1, 1]
+    for step, (x0, _) in run.steps(data):               # (B, C, H, W) in [-1, 1]
         optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
         loss = edm.loss(net, x0)                        # Sec. 5: 1 at the start, whatever sigma is drawn
         optimizer.zero_grad()
@@ -32,10 +35,16 @@ def main(argv=None):
         ema.update(net)                                 # samples come from the average of the weights
         run.log(loss=loss)
         if run.every(cfg.preview_every):
-            noise = torch.randn(64, 1, 28, 28, generator=run.generator()).to(run.device)   # the same every time
+            noise = torch.randn(64, *x0.shape[1:], generator=run.generator()).to(run.device)   # the same always
             x = edm.sample(ema.module, noise, edm.levels(run.config.sample.steps))
             save_grid(x, run.folder / f"preview_{step + 1:06d}.png")
-    return run.finish(ema, unet=run.config.unet, edm=run.config.edm)                # weights, loss curve, numbers
+    return run.finish(ema, unet=run.config.unet, edm=process)                       # weights, loss curve, numbers
+
+
+def standardised(edm, data):
+    """The section `edm` with numbers for mean and std, of the pixels in [0, 1], to four digits."""
+    found = dict(zip(("mean", "std"), data.mean_std()))
+    return Section(**{key: found[key] if value == "auto" else value for key, value in vars(edm).items()})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import torch
 
 from model import RectifiedFlow, UNet
 from utils import Run, UserError, cli, digits, report, save_gif, save_grid, save_npz, score, seeded
-from utils.data import Digits
 
 
 def main(argv=None):
@@ -21,15 +20,17 @@ def main(argv=None):
     if cfg.noise and cfg.solver != "euler":
         raise UserError(f"noise={cfg.noise:g} is a sampler of its own: leave out solver={cfg.solver}")
     flow, net = load(run, path, cfg.model)
-    z0, begin = starts(cfg.source, cfg.n, cfg.seed).to(run.device), run.clock()
+    test = None if cfg.source == "noise" else run.images(split="test")
+    start = lambda n, seed: starts(cfg.source, n, seed, run.data["shape"], test)
+    z0, begin = start(cfg.n, cfg.seed).to(run.device), run.clock()
     x, calls = draw(flow, net, z0, cfg)
     seconds = run.clock() - begin
     run.output(save_grid, x[:64], cfg.out)
-    print(f"{len(x)} digits of {cfg.model}, network calls each: {calls}, in {seconds:.1f} s")
+    print(f"{len(x)} images of {cfg.model}, network calls each: {calls}, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, way(run, path, starts(cfg.source, 6, cfg.seed + 1)), cfg.gif, columns=6)
+        run.output(save_gif, way(run, path, start(6, cfg.seed + 1)), cfg.gif, columns=6)
     if cfg.metrics:
         print(report(scores := score(x)))
         run.record(f"sample_{cfg.model}_{cfg.solver}_{calls}", nfe=calls, seconds=round(seconds, 1), model=cfg.model,
@@ -43,20 +44,16 @@ def load(run, path, model):
     return run.place(RectifiedFlow(**weights.config["flow"]), weights.load(UNet(**weights.config["unet"])))
 
 
-def subset(name, batch_size=1, seed=0, split="train"):
-    """The images that `source` or `target` names; None for noise."""
-    if name == "noise":
-        return None
-    data = digits(split)
-    mine = data.labels == int(name) if name != "digits" else slice(None)
-    return Digits(data.images[mine], data.labels[mine], batch_size, seed)
+def subset(name, data, seed=0):
+    """The images that `source` or `target` names, all or one class, in an order of this seed; None for noise."""
+    return None if name == "noise" else data.ordered(seed, None if name == "digits" else int(name))
 
 
-def starts(source, n, seed):
-    """n starts: noise of this seed, or n images of a digit of the test set. (n, 1, 28, 28)."""
+def starts(source, n, seed, shape=(1, 28, 28), test=None):
+    """n starts: noise of this seed, or n images of a class of the test set. (n, C, H, W)."""
     if source == "noise":                               # moved: a training with this seed pairs the noise that it gives
-        return torch.randn(n, 1, 28, 28, generator=seeded(seed + 10**7))
-    data = subset(source, split="test")
+        return torch.randn(n, *shape, generator=seeded(seed + 10**7))
+    data = subset(source, test or digits("test", 1))
     return data.first(min(n, len(data)), seed)[0]
 
 
@@ -69,7 +66,7 @@ def draw(flow, net, z0, cfg):
 
 
 def way(run, path, z0, frames=30):
-    """Pictures on the way: z_t of 1-rf and the end of the line it is on; the same of 2-rf. (4 n, 1, 28, 28) each."""
+    """Pictures on the way: z_t of 1-rf and the end of the line it is on; the same of 2-rf. (4 n, C, H, W) each."""
     rows = []
     for model in ("1-rf", "2-rf"):
         flow, net = load(run, path, model)

@@ -3,6 +3,7 @@
     python train.py                          the values of config.yaml: 1-rf, then 2-rf, then the distilled network
     python train.py source=3 target=8        from threes to eights instead of from noise to digits
     python train.py stages="[1, 0, 0]"       the 1-rectified flow only; then `python sample.py steps=20`
+    python train.py data=../my_images        your own images; data=fashion: clothes; source=3 is then their class 3
     python train.py steps=300 pairs=512      a short look; the pairs of the default take minutes by themselves
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model
@@ -28,11 +29,12 @@ def main(argv=None):
     flow, net, optimizer = run.prepare(flow, net, optimizer)
     ema = EMA(net, cfg.ema_decay)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
-    coupling = Coupling(subset(cfg.source, cfg.batch_size, cfg.seed + 1), subset(cfg.target, cfg.batch_size, cfg.seed),
-                        cfg.batch_size, cfg.seed)
+    data = run.images(run.config.unet)
+    source, target = subset(cfg.source, data, cfg.seed + 1), subset(cfg.target, data, cfg.seed)
+    coupling = Coupling(source, target, cfg.batch_size, cfg.seed)
 
     for name, begin, end in plan:                       # Algorithm 1, again on what the last one made
-        for step, (z0, z1) in run.steps(coupling, until=end):               # (B, 1, 28, 28) each
+        for step, (z0, z1) in run.steps(coupling, until=end):               # (B, C, H, W) each
             optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step - begin, cfg.warmup, end - begin)
             loss = flow.loss(net, z0, z1, distil=name == "distilled")       # Eq. (1)
             optimizer.zero_grad()
@@ -42,7 +44,7 @@ def main(argv=None):
             ema.update(net)                             # samples and pairs come from the average of the weights
             run.log(loss=loss)
             if run.every(cfg.preview_every):            # the same starts in one step, then in twenty
-                z = coupling.starts(32).to(run.device)
+                z = coupling.starts(32, data.shape).to(run.device)
                 save_grid(torch.cat([flow.sample(ema.module, z, steps=steps)[0] for steps in (1, 20)]),
                           run.folder / f"preview_{step + 1:06d}.png")
         if end == cfg.steps:
@@ -51,7 +53,7 @@ def main(argv=None):
             coupling.pairs = load_file(run.folder / f"pairs_{name}.safetensors")
             continue
         keep(run, ema.module, f"{name}.safetensors")
-        z0 = coupling.starts(cfg.pairs)                 # the flow's own pairs, made once, by the average
+        z0 = coupling.starts(cfg.pairs, data.shape)     # the flow's own pairs, made once, by the average
         z1 = [flow.sample(ema.module, part.to(run.device), "midpoint", cfg.pair_steps[STAGES.index(name)])[0].cpu()
               for part in z0.split(128)]
         coupling.pairs = {"z0": z0.half(), "z1": torch.cat(z1).half()}
@@ -73,7 +75,7 @@ def stages(cfg):
 def keep(run, net, name):
     """Write (and publish) the network of a stage that is not the last."""
     if run.is_main:
-        save_weights(net, run.folder / name, run.name, unet=vars(run.config.unet), flow=vars(run.config.flow))
+        save_weights(net, run.folder / name, run.name, run.data, unet=vars(run.config.unet), flow=vars(run.config.flow))
         if run.settings.publish:
             run.publish(run.folder / name)
 

@@ -226,7 +226,7 @@ class IDDPM(DDPM):
         """The network's two answers: the noise, and v of Eq. (15), not bounded, at first 1/2. Two (B, C, H, W)."""
         output = net(xt, t * (1000 / self.timesteps))                       # times 0..1000, whatever T is
         if output.shape[1] not in (xt.shape[1], 2 * xt.shape[1]):           # without v only a fixed variance can do
-            raise ValueError(f"c_out={output.shape[1]} must be twice the image's {xt.shape[1]} channels: the noise and v")
+            raise ValueError(f"c_out={output.shape[1]} must be twice the image's channels, {xt.shape[1]}: noise and v")
         return output[:, :xt.shape[1]], (output[:, xt.shape[1]:] + 1) / 2
 
     def log_beta_tilde(self, t, s):

@@ -9,25 +9,26 @@
 import torch
 
 from model import IDDPM, DiT, guided
-from utils import Run, UserError, cli, report, save_gif, save_grid, save_npz, score
+from utils import Run, UserError, cli, columns, report, save_gif, save_grid, save_npz, score
 
 
 def main(argv=None):
     run = Run(__file__, argv)
     cfg = run.config.sample
-    ddpm, net, null = load(run, run.weights())
+    ddpm, net, null = load(run, weights := run.weights())
+    shape = weights.data.shape
     c = wanted(cfg.labels, cfg.n, null).to(run.device)
 
     start = run.clock()
-    x = draw(ddpm, net, c, null, cfg.steps, cfg.guidance, run.generator(), cfg.clip, cfg.batch)
+    x = draw(ddpm, net, c, null, cfg.steps, cfg.guidance, run.generator(), cfg.clip, cfg.batch, shape)
     seconds, calls = run.clock() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
-    run.output(save_grid, x[:60], cfg.out, columns=10)
-    print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
+    run.output(save_grid, x[:60], cfg.out, columns=columns(null))
+    print(f"{cfg.n} images, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz, labels=c)
     if cfg.gif:
         eps = guided(net, c[:10], torch.full_like(c[:10], null), cfg.guidance)
-        xT = torch.randn(len(c[:10]), 1, 28, 28, generator=run.generator(1)).to(run.device)
+        xT = torch.randn(len(c[:10]), *shape, generator=run.generator(1)).to(run.device)
         way = ddpm.reverse(eps, xT, cfg.steps, cfg.clip, run.generator(2))
         path = [torch.cat([x_s, x_0]).cpu() for _, x_s, x_0 in way]
         shown = sorted({round(i) for i in torch.linspace(0, len(path) - 1, 30).tolist()})
@@ -58,15 +59,15 @@ def wanted(labels, n, null):
     except ValueError:
         asked = [-1]
     if not all(0 <= label < null for label in asked):
-        raise UserError(f"labels={labels} must be digits from 0 to {null - 1}, as in labels=3,1,4, or none")
+        raise UserError(f"labels={labels} must be classes from 0 to {null - 1}, as in labels=3,1,4, or none")
     return torch.tensor(asked).repeat(-(-n // len(asked)))[:n]
 
 
 # Adapted from lesson_15/sample.py: draw -- the number of steps instead of the times
-def draw(ddpm, net, c, null, steps, w, generator, clip=True, batch=128):
-    """An image of every class in c (n,), in batches: (n, 1, 28, 28)."""
-    return torch.cat([ddpm.sample(guided(net, part, torch.full_like(part, null), w), len(part), steps, clip=clip,
-                                  generator=generator) for part in c.split(batch)])
+def draw(ddpm, net, c, null, steps, w, generator, clip=True, batch=128, shape=(1, 28, 28)):
+    """An image of every class in c (n,), in batches: (n, C, H, W)."""
+    return torch.cat([ddpm.sample(guided(net, part, torch.full_like(part, null), w), len(part), steps, shape,
+                                  clip, generator) for part in c.split(batch)])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python train.py                          the values of config.yaml
     python train.py dit.patch=7 steps=2000   larger patches, fewer tokens; --help lists all keys
     python train.py dit.conditioning=in-context       adaln-zero, adaln, cross-attention or in-context
+    python train.py data=../my_images        your own images, in a folder for each class; data=fashion: clothes
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model
 """
@@ -10,22 +11,24 @@
 import torch
 
 from model import IDDPM, DiT, drop, given
-from utils import EMA, Run, UserError, cli, digits, ramp, save_grid
+from utils import EMA, Run, UserError, cli, columns, ramp, save_grid
 
 
 # Adapted from lesson_15/train.py: main -- the network is a transformer, whose gates are logged
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
-    cfg, null = run.config.train, run.config.dit.classes
+    cfg = run.config.train
     if cfg.drop > 1:
         raise UserError(f"drop={cfg.drop} is a share of the samples: from 0 to 1")
-    ddpm, net = IDDPM(**run.config.ddpm), DiT(**run.config.dit)
+    data = run.images(run.config.dit)
+    dit = data.with_classes(run.config.dit)             # auto: as many as the data have
+    ddpm, net, null = IDDPM(**run.config.ddpm), DiT(**dit), dit.classes
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     ddpm, net, optimizer = run.prepare(ddpm, net, optimizer)
     ema = EMA(net, cfg.ema_decay)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
 
-    for step, (x0, labels) in run.steps(digits("train", cfg.batch_size, cfg.seed)):     # x0 (B, 1, 28, 28)
+    for step, (x0, labels) in run.steps(data):          # x0 (B, C, H, W) in [-1, 1]
         optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
         c = drop(labels, torch.full_like(labels, null), cfg.drop)
         loss = ddpm.loss(given(net, c), x0)
@@ -37,10 +40,10 @@ def main(argv=None):
         run.log(loss=loss, **(gates(ema.module, run.device) if run.every(cfg.log_every) else {}))
         if run.every(cfg.preview_every):
             c = torch.arange(60, device=run.device) % null
-            x = ddpm.sample(given(ema.module, c), len(c), min(run.config.sample.steps, ddpm.timesteps),
+            x = ddpm.sample(given(ema.module, c), len(c), min(run.config.sample.steps, ddpm.timesteps), x0.shape[1:],
                             generator=run.generator())
-            save_grid(x, run.folder / f"preview_{step + 1:06d}.png", columns=10)
-    return run.finish(ema, dit=run.config.dit, ddpm=run.config.ddpm)                    # weights, loss curve, numbers
+            save_grid(x, run.folder / f"preview_{step + 1:06d}.png", columns(null))
+    return run.finish(ema, dit=dit, ddpm=run.config.ddpm)                               # weights, loss curve, numbers
 
 
 @torch.no_grad()

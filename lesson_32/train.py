@@ -18,7 +18,8 @@ def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg, said = run.config.train, run.config.captions
     words = Tokenizer(vocabulary(said.attributes), run.config.mmdit.length)
-    data = captioned("train", cfg.batch_size, cfg.seed, said.images or None, words=said.attributes, tokenizer=words)
+    data = captioned("train", cfg.batch_size, cfg.seed, said.images or None, words=said.attributes, tokenizer=words,
+                     data=cfg.data)
     sizes = Section(vocabulary=len(words), **run.config.mmdit)
     flow, net = RectifiedFlow(**run.config.flow), MMDiT(**sizes)
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)

@@ -22,7 +22,7 @@ def main(argv=None):
     switch = first_stage(cfg)
     words = Tokenizer(vocabulary(said.attributes, said.kind), said.length)
     data = captioned("train", cfg.batch_size, cfg.seed, said.images or None, said.kind, said.attributes,
-                     tokenizer=words)
+                     tokenizer=words, data=cfg.data)
     sizes = Section(vocabulary=len(words), length=words.length, **run.config.flux)
     flow, net = RectifiedFlow(**run.config.flow), Flux(**sizes)
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)

@@ -12,7 +12,7 @@
 import torch
 
 from model import FlowMatching, UNet, bits_per_dim, dequantise, quantise, signs
-from utils import Run, cli, digits, report, save_gif, save_grid, save_npz, score
+from utils import Run, cli, report, save_gif, save_grid, save_npz, score
 
 
 def main(argv=None):
@@ -22,17 +22,18 @@ def main(argv=None):
     flow = FlowMatching(**weights.config["flow"])
     flow, net = run.place(flow, weights.load(UNet(**weights.config["unet"])))
 
-    start = run.clock()
-    x, calls = draw(flow, net, noise(cfg.n, run), cfg.batch, cfg.solver, cfg.steps, cfg.tolerance)
+    shape, start = weights.data.shape, run.clock()
+    x, calls = draw(flow, net, noise(cfg.n, run, shape), cfg.batch, cfg.solver, cfg.steps, cfg.tolerance)
     seconds = run.clock() - start
     run.output(save_grid, x[:64], cfg.out)
-    print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
+    print(f"{cfg.n} images, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, way(flow, net, noise(6, run, 1)), cfg.gif, columns=6)
+        run.output(save_gif, way(flow, net, noise(6, run, shape, 1)), cfg.gif, columns=6)
     if cfg.bits:
-        bits, bits_calls = likelihood(flow, net, digits("test").first(cfg.bits)[0].to(run.device), cfg.tolerance)
+        x0 = run.images(split="test").first(cfg.bits)[0].to(run.device)
+        bits, bits_calls = likelihood(flow, net, x0, cfg.tolerance)
         error = float(bits.std() / len(bits) ** 0.5)
         print(f"{bits.mean():.3f} +- {error:.3f} bits/dim, {cfg.bits} test images, {bits_calls} calls each")
         run.record("bits", bits_per_dim=float(bits.mean()), standard_error=error, images=cfg.bits, calls=bits_calls,
@@ -44,9 +45,9 @@ def main(argv=None):
     return x
 
 
-def noise(n, run, offset=0):
-    """n noises of this run's seed, (n, 1, 28, 28)."""
-    return torch.randn(n, 1, 28, 28, generator=run.generator(offset)).to(run.device)
+def noise(n, run, shape=(1, 28, 28), offset=0):
+    """n noises of this run's seed, (n, C, H, W)."""
+    return torch.randn(n, *shape, generator=run.generator(offset)).to(run.device)
 
 
 def draw(flow, net, eps, batch, *solver):

@@ -2,6 +2,7 @@
 
     python train.py                       the values of config.yaml: flow matching on the OT path
     python train.py flow.path=vp          on the diffusion path; score matching on it is an arm of reproduce.py
+    python train.py data=../my_images     your own images; data=fashion: clothes
     python train.py --resume              go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py  several processes, one model
 """
@@ -9,7 +10,7 @@
 import torch
 
 from model import FlowMatching, UNet, dequantise, quantise
-from utils import EMA, Run, cli, digits, ramp, save_grid, save_weights
+from utils import EMA, Run, cli, ramp, save_grid, save_weights
 
 
 # Adapted from lesson_05/train.py: main -- pixels become densities before the loss, and averages of the weights may be
@@ -23,7 +24,7 @@ def main(argv=None):
     ema = EMA(net, cfg.ema_decay)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
 
-    for step, (x0, _) in run.steps(digits("train", cfg.batch_size, cfg.seed)):      # (B, 1, 28, 28) in [-1, 1]
+    for step, (x0, _) in run.steps(run.images(run.config.unet)):                    # (B, C, H, W) in [-1, 1]
         optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
         loss = flow.loss(net, dequantise(x0))           # Eq. (23)
         optimizer.zero_grad()
@@ -33,7 +34,7 @@ def main(argv=None):
         ema.update(net)                                 # samples come from the average of the weights
         run.log(loss=loss)
         if run.every(cfg.preview_every):
-            eps = torch.randn(64, 1, 28, 28, generator=run.generator()).to(run.device)
+            eps = torch.randn(64, *x0.shape[1:], generator=run.generator()).to(run.device)
             x, _ = flow.sample(ema.module, eps, run.config.sample.solver, run.config.sample.steps)
             save_grid(quantise(x), run.folder / f"preview_{step + 1:06d}.png")
         if run.every(cfg.snapshot_every):

@@ -193,7 +193,7 @@ def serve():
     import torch._dynamo  # noqa: F401                   the first optimizer of a process imports it
     import torchdiffeq  # noqa: F401
 
-    from utils.data import mnist_folder
+    from utils.downloads import mnist_folder
 
     answers = os.fdopen(os.dup(1), "w")                # whatever else is printed goes to stderr
     os.dup2(2, 1)

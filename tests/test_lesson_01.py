@@ -329,8 +329,8 @@ def test_points_depend_on_the_step_only():
         a, b = points.batch(3)[0], points.batch(4)[0]
         assert a.shape == (8, 2) and torch.equal(a, points.batch(3)[0]) and not torch.equal(a, b)
         assert torch.equal(torch.cat([points.batch(3, rank, 2)[0] for rank in (0, 1)]), torch.cat([a[::2], a[1::2]]))
-    with pytest.raises(UserError, match="data=moons"):
-        train.Points(Diffusion(10), Section(data="moons", batch_size=8, seed=0))
+    with pytest.raises(UserError, match="data=moons is no folder here"):
+        train.main(["data=moons"])
 
 
 def test_points_can_be_trained_and_drawn(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import load
-from utils import EMA, Section
+from utils import EMA, Section, digits
 
 model = load("lesson_04", "model")
 train = load("lesson_04", "train")
@@ -58,11 +58,11 @@ def test_largest_distance_needs_the_unit_interval():
 
 def test_settings_compute_sigma_1_from_the_data():
     # Two cheap facts about the real data: the value is the distance of a pair, and it bounds a random sample's.
-    found = train.settings(Section(sigma_1="auto", sigma_L=0.01))
-    assert found.sigma_1 == pytest.approx(16.8758, abs=1e-3) and found.sigma_L == 0.01
-    x = model.to_unit(train.digits("train").first(1000, shuffle_seed=0)[0]).flatten(1)
+    found = train.settings(Section(sigma_1="auto", sigma_L=0.01), digits("train"))
+    assert found.dim == 784 and found.sigma_1 == pytest.approx(16.8758, abs=1e-3) and found.sigma_L == 0.01
+    x = model.to_unit(digits("train").first(1000, shuffle_seed=0)[0]).flatten(1)
     assert torch.cdist(x, x).max().item() < found.sigma_1
-    assert train.settings(Section(sigma_1=2.0, sigma_L=0.5)).sigma_1 == 2.0
+    assert train.settings(Section(sigma_1=2.0, sigma_L=0.5), digits("test")).sigma_1 == 2.0
 
 
 def test_why_the_largest_distance_counts():

@@ -328,7 +328,7 @@ def test_dropout_acts_in_training_only():
 def test_shape_of_the_gpus_overlay_works():
     config = parse((ROOT / LESSON / "config.yaml").read_text())
     with torch.device("meta"):
-        net = UNet(**config["unet"] | config["gpu"]["unet"])
+        net = UNet(**config["unet"] | config["gpu"]["unet"] | {"classes": 10})
         y = net(torch.empty(2, 1, 28, 28), torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long))
     assert y.shape == (2, 1, 28, 28) and config["gpu"]["train"]["start"] == ""
 

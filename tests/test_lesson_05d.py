@@ -284,7 +284,7 @@ def test_training_starts_with_lesson_05s_convolutions(network):
 def test_arms_have_as_many_parameters():
     config = parse((ROOT / LESSON / "config.yaml").read_text())
     places = config["reproduce"]["equal_attention"]
-    shape, cross = config["unet"], reproduce.CrossUNet
+    shape, cross = config["unet"] | {"classes": 10}, reproduce.CrossUNet
     nets = UNet(**shape), cross(**shape | {"attention": places}), cross(**shape)
     sizes = [sum(p.numel() for p in net.parameters()) for net in nets]
     assert sizes[2] < sizes[1] < sizes[0] < 1.02 * sizes[1]
@@ -293,7 +293,7 @@ def test_arms_have_as_many_parameters():
 def test_shape_of_the_gpus_overlay_works():
     config = parse((ROOT / LESSON / "config.yaml").read_text())
     with torch.device("meta"):
-        net = UNet(**config["unet"] | config["gpu"]["unet"])
+        net = UNet(**config["unet"] | config["gpu"]["unet"] | {"classes": 10})
         y = net(torch.empty(2, 1, 28, 28), torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long))
     assert y.shape == (2, 1, 28, 28) and config["gpu"]["train"]["start"] == ""
 

@@ -154,7 +154,7 @@ def test_network_output_becomes_noise_and_v():
     eps, v = ddpm.predict(lambda *_: output, x, times(1, 2, 3))
     assert torch.equal(eps, output[:, :2]) and torch.equal(v, (output[:, 2:] + 1) / 2)
     assert ddpm.predict(lambda *_: output[:, :2], x, times(1, 2, 3))[1].shape[1] == 0
-    with pytest.raises(ValueError, match="c_out=3 must be twice the image's 2 channels"):
+    with pytest.raises(ValueError, match="c_out=3 must be twice the image's channels, 2"):
         ddpm.predict(lambda *_: output[:, :3], x, times(1, 2, 3))
 
 

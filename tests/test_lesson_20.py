@@ -446,8 +446,8 @@ def test_what_a_call_is_in_sample(capsys, tmp_path, monkeypatch):
         edm, net = load_(run, weights)
         return edm, lambda x, t: asked.append(0) or net(x, t)
     monkeypatch.setattr(sample, "load", counted)
-    monkeypatch.setattr(sample, "draw", lambda edm, net, n, seed, batch, sigmas, **how: edm.sample(
-        net, torch.randn(n, 1, 28, 28), sigmas, **how))
+    monkeypatch.setattr(sample, "draw", lambda edm, net, n, seed, batch, sigmas, shape, **how: edm.sample(
+        net, torch.randn(n, *shape), sigmas, **how))
     for keys in (["steps=3"], ["steps=3", "solver=euler"], ["steps=3", "churn=1"]):
         asked.clear()
         sample.main(["n=1", "weights=published", "threads=1", "device=cpu", f"runs={tmp_path}", *keys])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import load
-from utils import Section, UserError, Weights, seeded
+from utils import Section, UserError, Weights, digits, seeded
 
 model = load("lesson_21", "model")
 RectifiedFlow, Coupling = model.RectifiedFlow, model.Coupling
@@ -324,10 +324,13 @@ def test_shares_of_the_stages(tmp_path):
 
 
 def test_source_and_target_by_name(tmp_path):
-    subset = load("lesson_21", "sample").subset
-    assert subset("noise") is None and len(subset("digits")) == 60_000
-    threes = subset("3", 8)
+    subset, data = load("lesson_21", "sample").subset, digits("train", 8)
+    assert subset("noise", data) is None and len(subset("digits", data)) == 60_000
+    threes = subset("3", data, seed=5)
     assert len(threes) == 6131 and set(threes.batch(0)[1].tolist()) == {3}
+    assert not torch.equal(threes.batch(0)[0], subset("3", data, seed=6).batch(0)[0])
+    with pytest.raises(UserError, match="there is no class 3 in mnist: 0, 1, 2, 3"):
+        subset("3", digits("test", 1, limit=2))
     with pytest.raises(UserError, match="three"):
         load("lesson_21", "train").main(["smoke=true", "source=three", f"runs={tmp_path}"])
 

@@ -25,8 +25,9 @@ from safetensors import safe_open
 
 from conftest import load
 from tools import frontpage, lineage, notebook, pages
-from utils import UserError
+from utils import UserError, Weights
 from utils.config import OVERLAYS
+from utils.files import lesson_name
 
 ROOT = Path(__file__).resolve().parent.parent
 REGISTER = lineage.load_lessons(ROOT)
@@ -521,6 +522,41 @@ def test_sampling_returns_and_writes(chain):
     for one in (results["train"], *scored):
         assert {"command", "seed", "device", "torch", "code"} <= set(one)
         assert str(chain.runs.parent) not in json.dumps(one), "the command tells a path of this machine"
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A folder of three class folders with colour images."""
+    place = tmp_path_factory.mktemp("shapes")
+    for c, name in enumerate(("circle", "square", "star")):
+        (place / name).mkdir()
+        for k in range(40):
+            Image.new("RGB", (30, 24), (80 * c, 6 * k, 200)).save(place / name / f"{k}.png")
+    return place
+
+
+def test_own_images(folder, shapes, tmp_path):
+    """data=FOLDER trains and draws in the network's size, in colour where it can, or is refused in one line."""
+    config = yaml.safe_load(text(folder, "config.yaml"))
+    places = {key: name for name, keys in config.items() if name not in (*SCRIPTS, *OVERLAYS) for key in keys}
+    if "image_size" not in places and "shape" not in places:
+        with pytest.raises(UserError, match=f"data={shapes}: the captions of this lesson name digits"):
+            load(folder, "train").main([*LOCAL, "smoke=true", f"data={shapes}", f"runs={tmp_path}"])
+        assert not list(tmp_path.iterdir())
+        return
+    shape = (3 if "image_channels" in places or "image_size" not in places else 1, 20, 20)
+    keys = [f"image_size={shape[1]}"] if "image_size" in places else [f"digits.shape={list(shape)}"]
+    keys += ["image_channels=3"] * (shape[0] == 3 and "image_channels" in places)
+    keys += ["start="] * ("start" in config["train"]) + ["c_out=6"] * ("c_out" in places)
+    keys += ["dit.patch=4"] * ("dit" in config)        # that of the smoke overlay does not divide 20
+    common = [*LOCAL, "smoke=true", f"runs={tmp_path}"]
+    trained = load(folder, "train").main([*common, *keys, f"data={shapes}", "steps=3", "preview_every=2"])
+    weights = Weights(trained.weights, lesson_name(folder))
+    assert weights.data.name == f"{shapes.name}/" and weights.data.classes == ["circle", "square", "star"]
+    assert tuple(weights.data.shape) == shape and 0 < weights.data.images <= 108
+    assert all(getattr(section, "classes", 3) == 3 for section in weights.config.values())
+    x = load(folder, "sample").main([*common, "n=2", "gif=way.gif"])
+    assert x.shape == (2, *shape) and x.isfinite().all()
 
 
 def test_reproduce_returns_and_writes(chain, folder):

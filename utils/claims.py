@@ -17,6 +17,7 @@ import json
 import math
 import re
 import statistics
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +44,9 @@ class Claim:
     """
 
     def __init__(self, file, argv=None, sections=()):
+        _only_mnist(sys.argv[1:] if argv is None else argv)
         self.run, self.file, self.sections = Run(file, argv), str(file), tuple(sections)
+        _only_mnist([f"data={getattr(self.run.config.train, 'data', 'mnist')}"])           # config.yaml may say it, too
         self.run.check_given(("train", *self.sections))
         self.cfg, self.seeds = self.run.settings, range(self.run.settings.seeds)
         self.cfg.publish = self.cfg.publish and not (self.cfg.quick or self.cfg.smoke)
@@ -242,6 +245,13 @@ class Rows(list):
             for key, value in rows[0].items() if key not in self.axes and _is_number(value))
             for axes, rows in groups.items()}
         return [name + numbers for name, numbers in lines.items() if numbers]
+
+
+def _only_mnist(argv):
+    for argument in argv:
+        if re.fullmatch("-*(train[.])?data=(?!mnist$).*", argument):
+            raise UserError(f"{argument}: what reproduce.py judges are claims about MNIST; train.py and sample.py take "
+                            "other images")
 
 
 # ------------------------------------------------------------------ verdicts and statistics

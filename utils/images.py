@@ -48,6 +48,11 @@ def grid(x, columns=None, scale=2, gap=1):
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
+def columns(classes):
+    """How wide a grid is, ten images at most, in which each of so many classes, drawn in turn, has its columns."""
+    return 10 // classes * classes or 10
+
+
 def save_grid(x, path, columns=None, scale=2):
     """Write a grid of images as a PNG. Returns the path."""
     picture = grid(x, columns, scale)

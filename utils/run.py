@@ -22,6 +22,7 @@ import torch
 
 from . import checkpoint, files, launch
 from .config import OVERLAYS, SCRIPTS, find, load, plain, read_bounds, split
+from .data import load_images, shape_of, source_of, told
 from .device import check_processes, device_name, move, peak_memory_mb, start, wait_for
 from .errors import UserError, disk_error, mute
 from .files import atomic, lesson_name, lock, numbered, read_json, short, update_json, write_json
@@ -47,6 +48,7 @@ class Run:
         self.code = code_hash(self.lesson, self.script)             # now: the files may change while this runs
         self.argv = list(sys.argv[1:] if argv is None else argv)
         self.folder, self.step, self._lock = None, 0, None
+        self.data = None                               # what this run, or the weights that it uses, learn from: a dict
         self._log, self._tracked, self._prepared = Log(), {}, False
         self._resumed, self._changed = None, {}        # the checkpoint that is gone on from, until that is done
         self._ends = []                                # the steps at which the loops of this run end
@@ -150,6 +152,37 @@ class Run:
     def generator(self, offset=0):
         """A CPU generator of this run's seed, for noise that must not depend on the device or on the training."""
         return torch.Generator().manual_seed(self.settings.seed + offset)
+
+    # ------------------------------------------------------------------ images
+    def images(self, net=None, split="train", limit=None):
+        """The images that the key `data` names, as `utils.data.Images`, scaled to what a network's section says.
+
+        Without a section, in sample.py: those that the weights learned from, in their shape.
+        """
+        if net is None:
+            return load_images(source_of(self.data), self.data["shape"], split, 1, self.settings.seed, limit)
+        named, batch_size = self.settings.data, self.settings.batch_size if split == "train" else 1
+        try:
+            found = load_images(named, shape_of(net), split, batch_size, self.settings.seed, limit)
+            if split == "train":
+                self._check_publish(found.name)
+                if self._resumed:
+                    checkpoint.check_data(self._resumed, found.about, self.folder.name)
+        except UserError:
+            self._release()
+            raise
+        if split == "train":
+            self.data = found.about
+            if found.is_own:
+                self.data["source"] = str(Path(named).expanduser().resolve())
+                self.say(f"{len(found)} images of {found.name} to learn from, every tenth is kept aside: "
+                         f"{told(found.classes)}")
+        return found
+
+    def _check_publish(self, name):
+        if self.settings.publish and (name == "fashion" or name.endswith("/")):
+            raise UserError(f"publish=true is for what a lesson says of MNIST, and this is {name}: leave publish out; "
+                            "all that a run makes stands in its folder")
 
     # ------------------------------------------------------------------ the run's folder
     def _runs(self):
@@ -279,7 +312,8 @@ class Run:
         if self.is_main and self._resumed is None:
             write_json(self.folder / "run.json", {"lesson": self.name, "script": self.script,
                                                   "argv": [a for a in self.argv if split(a)[0] != "resume"],
-                                                  "config": plain(self.config), "code": code_hash(self.lesson)})
+                                                  "config": plain(self.config), "code": code_hash(self.lesson),
+                                                  "data": self.data})
         elif self.is_main and self._changed:
             made = read_json(self.folder / "run.json")
             changes = {key: {"from": old, "to": now} for key, (old, now) in self._changed.items()}
@@ -364,7 +398,7 @@ class Run:
             checkpoint.write_checkpoint(
                 self.folder, lesson=self.name, config=json.dumps(plain(self.config)), step=self.step, ends=self._ends,
                 seconds=self._elapsed(), states=states, scaler=scaler.state_dict() if scaler else {}, records=records,
-                **random)
+                data=self.data, **random)
         self.accelerator.wait_for_everyone()
 
     def _resume(self):
@@ -409,7 +443,8 @@ class Run:
         What goes wrong after the weights costs only itself.
         """
         weights = self.folder / "weights.safetensors"
-        save_weights(ema.module, weights, self.name, **{k: plain(v) for k, v in networks.items()})
+        data = self.data or {"name": getattr(self.settings, "data", "mnist")}              # points have no more to tell
+        save_weights(ema.module, weights, self.name, data, **{k: plain(v) for k, v in networks.items()})
         records, pictures = self._log.lines(), []
         numbers = {
             "steps": self.step, "minutes": round(self.seconds / 60, 2),
@@ -518,13 +553,24 @@ class Run:
         path, what = choose(getattr(self.settings, "weights", ""), self._runs(), self.published)
         loaded = self.read(path)
         self.check_given(decided=loaded)
-        self.say(f"using the {what}: {short(path)}")
+        self._use(loaded, what)
         if path.parent.parent == self._runs():
             self.folder = path.parent
             files.sweep(self.folder)
         else:
             self.open_folder("published" if path == self.published else "samples")
         return loaded
+
+    def _use(self, weights, what):
+        """Say which weights these are and what they learned from; refuse what only MNIST has."""
+        data = weights.data
+        classes = f": {told(data.classes)}" if data.classes and data.name != "mnist" else ""
+        self.say(f"using the {what}: {short(weights.path)} (trained on {data.name}{classes})")
+        if getattr(self.settings, "metrics", False) and data.shape and (data.name, *data.shape) != ("mnist", 1, 28, 28):
+            raise UserError("metrics=true: the scores compare with MNIST's digits of 28 x 28 pixels, and these weights "
+                            f"draw {data.name} of {data.shape[1]} x {data.shape[2]}: leave metrics out")
+        self._check_publish(data.name)
+        self.data = {**data, "run": weights.path.parent / "run.json"}      # which knows where a folder of images is
 
 
 class Stopped(KeyboardInterrupt):

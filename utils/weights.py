@@ -1,4 +1,8 @@
-"""Weights files: a network in fp16 with all that is needed to build it again, and which of them a script takes."""
+"""Weights files: a network in fp16 with all that is needed to build it again, and which of them a script takes.
+
+They also say what the network learned from: the data's name, the shape of an image, the names of the classes, how many
+images there were. One that does not is of MNIST.
+"""
 
 import json
 import os
@@ -7,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .config import Section, within
+from .data import CLASSES
 from .errors import Diverged, UserError
 from .files import atomic, numbered
 
@@ -27,10 +32,14 @@ class Sections(dict):
         raise UserError(misfit(self.path, f"it has no section {name}"))
 
 
+MNIST = {"name": "mnist", "shape": [1, 28, 28], "classes": list(CLASSES["mnist"]), "images": 60_000}
+
+
 class Weights:
     """A weights file: `.config` holds the sections its objects were made from, `.load(net)` fills a network.
 
     lessons: names of the lessons that it may be of. bounds: {(section, key): Bound} that its values are held to.
+    `.data` says what it learned from: name, shape (None if that is no images), classes, images.
     """
 
     def __init__(self, path, *lessons, bounds=()):
@@ -65,6 +74,7 @@ class Weights:
                     within(f"{section}.{key}", values[key], bounds[section, key], "its configuration")
                 except UserError as error:
                     raise UserError(misfit(path, error)) from None
+        self.data = _learned(path, meta.get("data"))
 
     def load(self, net):
         """Copy the weights into `net` (float32). Every parameter must be there with its shape."""
@@ -77,13 +87,31 @@ class Weights:
         return net
 
 
+def _learned(path, text):
+    """What a weights file says about its data, as a Section."""
+    try:
+        said = json.loads(text) if text else MNIST
+        usual = MNIST if said["name"] == "mnist" else {"shape": None, "classes": [], "images": 0}
+        found = Section(**{**usual, **said})
+        sizes = found.shape or [1, 1, 1]
+        good = len(sizes) == 3 and all(type(size) is int and 0 < size <= 4096 for size in sizes)
+        if not good or not all(isinstance(name, str) for name in [found.name, *found.classes]):
+            raise ValueError
+        return found
+    except (KeyError, ValueError, TypeError, RecursionError):
+        raise UserError(misfit(path, "what it says about its data is no data set")) from None
+
+
 def not_finite(state):
     """The names of those tensors of a state that hold NaN or infinity."""
     return [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
 
 
-def save_weights(net, path, lesson, **config):
-    """Write a network's weights in fp16, with its lesson and the configuration to rebuild it from. Returns the path."""
+def save_weights(net, path, lesson, data=None, **config):
+    """Write a network's weights in fp16, with its lesson and the configuration to rebuild it from. Returns the path.
+
+    data: what it learned from, `Run.data` (default: MNIST); of that the name, shape, classes and number of images.
+    """
     from safetensors.torch import save
 
     state = {key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
@@ -91,7 +119,9 @@ def save_weights(net, path, lesson, **config):
     if bad := not_finite(state):
         raise Diverged(f"the weights are not finite ({bad[0]}): not written. Try a smaller lr or precision=fp32")
     with atomic(path) as temporary:
-        temporary.write_bytes(_ordered(save(state, {"lesson": lesson, "config": json.dumps(config)})))
+        told = {key: value for key, value in (data or MNIST).items() if key in MNIST}      # not where a folder is
+        meta = {"lesson": lesson, "config": json.dumps(config), "data": json.dumps(told)}
+        temporary.write_bytes(_ordered(save(state, meta)))
     return path
 
 

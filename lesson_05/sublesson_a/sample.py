@@ -10,7 +10,7 @@
 import torch
 
 from model import DDPM, UNet, error_by_time
-from utils import Run, cli, digits, figure, report, save_figure, save_gif, save_grid, save_npz, save_strip, score
+from utils import Run, cli, figure, report, save_figure, save_gif, save_grid, save_npz, save_strip, score
 
 
 # Copied from lesson_05/sample.py: main
@@ -24,14 +24,14 @@ def main(argv=None):
     generator = run.generator()
 
     start = run.clock()
-    x = draw(ddpm, net, cfg.n, cfg.steps, generator, cfg.clip, cfg.batch)
+    x = draw(ddpm, net, cfg.n, cfg.steps, generator, cfg.clip, cfg.batch, weights.data.shape)
     seconds = run.clock() - start
     run.output(save_grid, x[:64], cfg.out)
-    print(f"{cfg.n} digits, {cfg.steps} network calls each, in {seconds:.1f} s")
+    print(f"{cfg.n} images, {cfg.steps} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        frames = denoising(ddpm, net, 12, cfg.steps, run.generator(1), cfg.clip)
+        frames = denoising(ddpm, net, 12, cfg.steps, run.generator(1), cfg.clip, shape=weights.data.shape)
         run.output(save_gif, frames, cfg.gif, columns=6)
     if cfg.figures:
         figures(run, ddpm, net, x)
@@ -43,16 +43,16 @@ def main(argv=None):
 
 
 # Copied from lesson_05/sample.py: draw
-def draw(ddpm, net, n, steps, generator, clip=True, batch=128):
-    """n samples in batches, (n, 1, 28, 28)."""
+def draw(ddpm, net, n, steps, generator, clip=True, batch=128, shape=(1, 28, 28)):
+    """n samples in batches, (n, C, H, W)."""
     sizes = [min(batch, n - i) for i in range(0, n, batch)]
-    return torch.cat([ddpm.sample(net, size, steps, clip=clip, generator=generator) for size in sizes])
+    return torch.cat([ddpm.sample(net, size, steps, shape, clip, generator) for size in sizes])
 
 
 # Copied from lesson_05/sample.py: denoising
-def denoising(ddpm, net, n, steps, generator, clip=True, frames=30):
+def denoising(ddpm, net, n, steps, generator, clip=True, frames=30, shape=(1, 28, 28)):
     """Pictures of one batch on its way: x_t and beside it the x_0 estimated from it, n / 2 of each."""
-    x, path = torch.randn(n // 2, 1, 28, 28, generator=generator).to(ddpm.abar.device), []
+    x, path = torch.randn(n // 2, *shape, generator=generator).to(ddpm.abar.device), []
     for _, x_next, x0 in ddpm.reverse(net, x, steps, clip, generator):
         path.append(torch.stack([x, x0], dim=1).flatten(0, 1).cpu())
         x = x_next
@@ -62,12 +62,13 @@ def denoising(ddpm, net, n, steps, generator, clip=True, frames=30):
 
 def figures(run, ddpm, net, x):
     """Two pictures: samples above their nearest training images; the error by time on seen and unseen images."""
-    seen = digits("train", 1, limit=run.config.train.images).first(run.config.train.images)[0]
+    seen = run.images(limit=run.config.train.images).all()
     few = x[:12].cpu()
     run.output(save_strip, [few, seen[torch.cdist(few.flatten(1), seen.flatten(1)).argmin(1)]], "neighbours.png")
     times = torch.linspace(0, ddpm.timesteps - 1, 13).round().long().tolist()
     fig, ax = figure()
-    for label, images in (("test images", digits("test").first(256)[0]), ("images trained on", seen[:256])):
+    unseen = run.images(split="test", limit=256).all()
+    for label, images in (("test images", unseen), ("images trained on", seen[:256])):
         error = error_by_time(ddpm, net, images.to(run.device), times, run.generator(2))
         ax.semilogy(times, error, "o-", label=label)
     ax.set(xlabel="t", ylabel="squared error of the predicted noise")

@@ -2,6 +2,7 @@
 
     python train.py                            2,000 images, dropout 0.1
     python train.py dropout=0 images=60000     no dropout; all of MNIST; --help lists the values
+    python train.py data=../../my_images       your own images; data=fashion: clothes
     python train.py --resume                   go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py       several processes, one model
 """
@@ -9,12 +10,12 @@
 import torch
 
 from model import DDPM, UNet, error_by_time
-from utils import EMA, Run, Weights, cli, digits, figure, ramp, save_figure, save_grid
+from utils import EMA, Run, Weights, cli, figure, ramp, save_figure, save_grid
 
 
-def preview(run, ddpm, net, ema):
+def preview(run, ddpm, net, ema, shape):
     """A grid of samples. They come from the average, which is in evaluation mode for good; `net` is left alone."""
-    x = ddpm.sample(ema.module, 64, min(run.config.sample.steps, ddpm.timesteps), generator=run.generator())
+    x = ddpm.sample(ema.module, 64, min(run.config.sample.steps, ddpm.timesteps), shape, generator=run.generator())
     save_grid(x, run.folder / f"preview_{run.step + 1:06d}.png")
 
 
@@ -29,10 +30,10 @@ def main(argv=None):
     ddpm, net, optimizer = run.prepare(ddpm, net, optimizer)
     ema = EMA(net, cfg.ema_decay)                       # in evaluation mode from the start: judged without dropout
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
-    data = digits("train", cfg.batch_size, cfg.seed, limit=cfg.images)
-    seen, unseen = (part.first(min(cfg.eval_images, len(part)))[0].to(run.device) for part in (data, digits("test")))
+    data, test = run.images(run.config.unet, limit=cfg.images), run.images(run.config.unet, "test")
+    seen, unseen = (part.first(min(cfg.eval_images, len(part)))[0].to(run.device) for part in (data, test))
 
-    for step, (x0, _) in run.steps(data):               # (B, 1, 28, 28) in [-1, 1]
+    for step, (x0, _) in run.steps(data):               # (B, C, H, W) in [-1, 1]
         optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
         assert all(part.training for part in net.modules()) or not cfg.strict, "eval() was called and never undone"
         loss = ddpm.loss(net, x0)                       # Algorithm 1, lines 2 to 5
@@ -43,7 +44,7 @@ def main(argv=None):
         ema.update(net)                                 # samples come from the average of the weights
         run.log(loss=loss)
         if run.every(cfg.preview_every):
-            preview(run, ddpm, net, ema)
+            preview(run, ddpm, net, ema, x0.shape[1:])
         if run.every(cfg.eval_every):                   # the same noise every time, and for both
             times = [int((i + 0.5) * ddpm.timesteps / 10) for i in range(10)]
             train_error, test_error = (error_by_time(ddpm, ema.module, x, times, run.generator()).mean()

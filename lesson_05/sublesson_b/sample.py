@@ -24,7 +24,7 @@ def main(argv=None):
     for key, most in (("t", t), ("steps", steps)):
         if most < cfg[key]:
             run.refuse(key, f"the process of these weights knows at most {most}")
-    x0, y0, _, _ = pairs(cfg.n, cfg.seed)
+    x0, y0, _, _ = pairs(cfg.n, cfg.seed, run.images(split="test"))
 
     def way(x0, y0, lams, t=t, rule=cfg.rule, seed=0):
         return ddpm.between(net, x0.to(run.device), y0.to(run.device), lams, t, rule, steps, cfg.clip,
@@ -54,11 +54,14 @@ def main(argv=None):
     return x
 
 
-def pairs(n, seed):
-    """n pairs of test images that show different digits: x0, y0 (n, 1, 28, 28) and their labels."""
-    x, label = digits("test").first(10_000, shuffle_seed=seed)
-    x, label = x.unflatten(0, (2, 5000)), label.unflatten(0, (2, 5000))
-    different = (label[0] != label[1]).nonzero()[:n, 0]
+def pairs(n, seed, data=None):
+    """n pairs of test images of different classes, if they have any: x0, y0 (n, C, H, W) and their labels."""
+    data = data or digits("test")
+    if 2 * n > len(data):
+        raise UserError(f"n={n} pairs need {2 * n} test images, and there are {len(data)}: choose a smaller n")
+    x, label = data.first(len(data) // 2 * 2, shuffle_seed=seed)
+    x, label = x.unflatten(0, (2, -1)), label.unflatten(0, (2, -1))
+    different = (label[0] != label[1]).logical_or(torch.tensor(len(data.classes) < 2)).nonzero()[:n, 0]
     if len(different) < n:
         raise UserError(f"n={n}: the test set gives {len(different)} pairs of different digits; choose a smaller n")
     return x[0][different], x[1][different], label[0][different], label[1][different]

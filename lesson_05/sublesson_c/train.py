@@ -3,6 +3,7 @@
     python train.py                          the values of config.yaml
     python train.py unet.tokens=1            the trap: one token a class; --help lists all keys
     python train.py start= steps=5000        from random weights
+    python train.py data=../../my_images     your own images, in a folder for each class; data=fashion: clothes
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model
 """
@@ -10,14 +11,16 @@
 import torch
 
 from model import DDPM, UNet, drop, given
-from utils import EMA, Run, UserError, Weights, cli, digits, ramp, save_grid
+from utils import EMA, Run, UserError, Weights, cli, columns, ramp, save_grid
 
 
 # Adapted from lesson_05/train.py: main -- labels, some of them dropped, go into a network that can start as lesson 05's
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
-    ddpm, net = DDPM(**run.config.ddpm), UNet(**run.config.unet)
+    data = run.images(run.config.unet)
+    unet = data.with_classes(run.config.unet)           # auto: as many as the data have
+    ddpm, net = DDPM(**run.config.ddpm), UNet(**unet)
     if cfg.start:
         begin_with(net, run.lesson / cfg.start)
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
@@ -25,9 +28,9 @@ def main(argv=None):
     ema = EMA(net, cfg.ema_decay)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
 
-    for step, (x0, labels) in run.steps(digits("train", cfg.batch_size, cfg.seed)):     # x0 (B, 1, 28, 28)
+    for step, (x0, labels) in run.steps(data):          # x0 (B, C, H, W) in [-1, 1]
         optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
-        c = drop(labels, torch.full_like(labels, run.config.unet.classes), cfg.drop)    # a coin for every sample
+        c = drop(labels, torch.full_like(labels, unet.classes), cfg.drop)    # a coin for every sample
         loss = ddpm.loss(given(net, c), x0)             # LDM's Eq. (3), without the autoencoder
         optimizer.zero_grad()
         run.backward(loss)
@@ -36,11 +39,11 @@ def main(argv=None):
         ema.update(net)                                 # samples come from the average of the weights
         run.log(loss=loss)
         if run.every(cfg.preview_every):
-            c = torch.arange(60, device=run.device) % run.config.unet.classes
-            x = ddpm.sample(given(ema.module, c), len(c), min(run.config.sample.steps, ddpm.timesteps),
+            c = torch.arange(60, device=run.device) % unet.classes
+            x = ddpm.sample(given(ema.module, c), len(c), min(run.config.sample.steps, ddpm.timesteps), x0.shape[1:],
                             generator=run.generator())
-            save_grid(x, run.folder / f"preview_{step + 1:06d}.png", columns=10)
-    return run.finish(ema, unet=run.config.unet, ddpm=run.config.ddpm)              # weights, loss curve, numbers
+            save_grid(x, run.folder / f"preview_{step + 1:06d}.png", columns(unet.classes))
+    return run.finish(ema, unet=unet, ddpm=run.config.ddpm)                         # weights, loss curve, numbers
 
 
 def begin_with(net, path):

@@ -10,7 +10,7 @@
 import torch
 
 from model import DDPM, UNet, guided
-from utils import Run, UserError, cli, report, save_gif, save_grid, save_npz, score
+from utils import Run, UserError, cli, columns, report, save_gif, save_grid, save_npz, score
 
 
 # Copied from lesson_05/sublesson_c/sample.py: main
@@ -19,19 +19,19 @@ def main(argv=None):
     cfg = run.config.sample
     weights = run.weights()                             # the file carries its network's configuration
     ddpm, net = run.place(DDPM(**weights.config["ddpm"]), weights.load(UNet(**weights.config["unet"])))
-    null = weights.config["unet"].classes
+    null, shape = weights.config["unet"].classes, weights.data.shape
     c = wanted(cfg.labels, cfg.n, null).to(run.device)
 
     start = run.clock()
-    x = draw(ddpm, net, c, null, cfg.steps, cfg.guidance, run.generator(), cfg.batch)
+    x = draw(ddpm, net, c, null, cfg.steps, cfg.guidance, run.generator(), cfg.batch, shape)
     seconds, calls = run.clock() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
-    run.output(save_grid, x[:60], cfg.out, columns=10)
-    print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s")
+    run.output(save_grid, x[:60], cfg.out, columns=columns(null))
+    print(f"{cfg.n} images, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz, labels=c)
     if cfg.gif:
         eps = guided(net, c[:10], torch.full_like(c[:10], null), cfg.guidance)
-        xT = torch.randn(len(c[:10]), 1, 28, 28, generator=run.generator(1)).to(run.device)
+        xT = torch.randn(len(c[:10]), *shape, generator=run.generator(1)).to(run.device)
         way = ddpm.reverse(eps, xT, cfg.steps, generator=run.generator(2))
         path = [torch.cat([x_s, x_0]).cpu() for _, x_s, x_0 in way]
         shown = sorted({round(i) for i in torch.linspace(0, len(path) - 1, 30).tolist()})
@@ -55,15 +55,15 @@ def wanted(labels, n, null):
     except ValueError:
         asked = [-1]
     if not all(0 <= label < null for label in asked):
-        raise UserError(f"labels={labels} must be digits from 0 to {null - 1}, as in labels=3,1,4, or none")
+        raise UserError(f"labels={labels} must be classes from 0 to {null - 1}, as in labels=3,1,4, or none")
     return torch.tensor(asked).repeat(-(-n // len(asked)))[:n]
 
 
 # Copied from lesson_05/sublesson_c/sample.py: draw
-def draw(ddpm, net, c, null, steps, guidance, generator, batch=128):
-    """An image of every class in c (n,), in batches: (n, 1, 28, 28)."""
+def draw(ddpm, net, c, null, steps, guidance, generator, batch=128, shape=(1, 28, 28)):
+    """An image of every class in c (n,), in batches: (n, C, H, W)."""
     return torch.cat([ddpm.sample(guided(net, part, torch.full_like(part, null), guidance), len(part), steps,
-                                  generator=generator) for part in c.split(batch)])
+                                  shape, generator=generator) for part in c.split(batch)])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from utils.captions import captioned
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg, said = run.config.train, run.config.captions
-    data = captioned("train", cfg.batch_size, cfg.seed, said.images or None, words=said.attributes)
+    data = captioned("train", cfg.batch_size, cfg.seed, said.images or None, words=said.attributes,
+                     data=cfg.data)
     words = data.tokenizer
     sizes = Section(vocabulary=len(words), length=words.length, **run.config.unet)
     ddpm, net = DDPM(**run.config.ddpm), UNet(**sizes)
