@@ -224,6 +224,8 @@ class FluxTransformer(nn.Module):
         super().__init__()
         if dim % heads or sum(axes) != dim // heads or any(size % 2 for size in axes):
             raise ValueError(f"axes={list(axes)} must be even and sum to dim / heads = {dim} / {heads}")
+        if frequencies % 2:
+            raise ValueError(f"frequencies={frequencies} must be even: as many cosines as sines")
         self.axes = tuple(axes)
         self.stem, self.context = linear(channels, dim), linear(context, dim)
         self.time, self.guidance = ScaledEmbedder(dim, frequencies), ScaledEmbedder(dim, frequencies)

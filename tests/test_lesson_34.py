@@ -260,7 +260,8 @@ def test_the_arms_differ_in_their_positions_alone():
     assert weights.keys() == table.state_dict().keys()
     table.load_state_dict(weights)
     x, t, c = batch()
-    w, tokens = torch.ones(3), lambda x: (table.stem(model.patchify(x, 4)), model.rotations_on(x.device, table.transformer.axes, 7, 7))
+    w, turn = torch.ones(3), model.rotations(model.positions(7, 7), SMALL["axes"])
+    tokens = lambda x: (table.stem(model.patchify(x, 4)), turn)
     assert (ours(x, t, c, w) - table(x, t, c, w)).abs().max() > 1e-3
     table.tokens = tokens                              # without the table, and turned: the same network
     assert torch.equal(ours(x, t, c, w), table(x, t, c, w))
