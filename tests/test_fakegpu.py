@@ -136,7 +136,7 @@ def test_a_network_on_a_mac_is_called_from_the_cpu():
         net = put(Net(3, 2), mac)
         assert put(process, mac).abar.is_cpu and process.abar.dtype == torch.float64
         assert home(mac) == device_of(net) == torch.device("cpu") and home(torch.device("cuda")).type == "cuda"
-        for one in (net, EMA(net).module):
+        for one in (net, EMA(net).module.to(mac)):     # torch does not tell the mode of a copied parameter
             x = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
             out, same = one(x, (torch.ones(4, 1), torch.arange(4), None), scale=torch.tensor(2.0))
             assert all(tensor.is_mps for tensor in seen) and seen[0].dtype == torch.float32
