@@ -226,19 +226,19 @@ def test_a_training_goes_on_on_another_machine(start, launch, tmp_path, first, t
     """With the network that it had: the overlay stays laid, or not laid. Nothing is lost on the way."""
     def train(kind, runs, *argv, before=""):
         how = {"before": before} if kind == "cpu" else {"before": before, "kind": kind}
-        keys = "smoke=true", "threads=1", f"runs={tmp_path / runs}", *argv
+        keys = *argv, "threads=1", f"runs={tmp_path / runs}"
         process = (launch if kind == "cpu" else start)("lesson_05/train.py", *keys, **how)
         assert process.wait() == (130 if before else 0), process.err
         return process.out
 
-    keys, laid = ("steps=4", "preview_every=0", "precision=fp32"), first == "cuda"
+    keys, laid = ("smoke=true", "steps=4", "preview_every=0", "precision=fp32"), first == "cuda"
     cpu = ["device=cpu"] * (first == "cpu")
     train(first, "moved", *keys, *cpu, before=STOP)
     folder = tmp_path / "moved" / "smoke" / "001"
     assert json.loads(read_checkpoint(folder / "last.pt", "lesson_05")["config"])["train"]["gpu"] is laid or not laid
-    out = train(then, "moved", "--resume", f"device={then}")
+    out = train(then, "moved", "smoke=true", "--resume", f"device={then}")
     assert f"resumed 001 after step 2, device={then} (before: {'auto' if laid else 'cpu'})" in out
-    train("cpu", "straight", *keys, "device=cpu", f"gpu={str(laid).lower()}")
+    train("cpu", "straight", f"gpu={str(laid).lower()}", *keys, "device=cpu")
     moved, straight = (Weights(tmp_path / runs / "smoke" / "001" / "weights.safetensors", "lesson_05")
                        for runs in ("moved", "straight"))
     assert vars(moved.config["unet"]) == vars(straight.config["unet"]) and len(moved.config["unet"].mults) == 2 + laid
