@@ -235,7 +235,7 @@ def test_a_training_goes_on_on_another_machine(start, launch, tmp_path, first, t
     cpu = ["device=cpu"] * (first == "cpu")
     train(first, "moved", *keys, *cpu, before=STOP)
     folder = tmp_path / "moved" / "smoke" / "001"
-    assert json.loads(read_checkpoint(folder / "last.pt", "lesson_05")["config"])["train"]["gpu"] is laid or not laid
+    assert (json.loads(read_checkpoint(folder / "last.pt", "lesson_05")["config"])["train"]["gpu"] is True) == laid
     out = train(then, "moved", "smoke=true", "--resume", f"device={then}")
     assert f"resumed 001 after step 2, device={then} (before: {'auto' if laid else 'cpu'})" in out
     train("cpu", "straight", f"gpu={str(laid).lower()}", *keys, "device=cpu")
