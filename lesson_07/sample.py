@@ -9,7 +9,7 @@
 import torch
 
 from model import SDE, VE, UNet, quantise
-from utils import Run, cli, report, save_gif, save_grid, save_npz, score
+from utils import Run, cli, device_of, report, save_gif, save_grid, save_npz, score
 
 
 class Counted:
@@ -53,7 +53,7 @@ def draw(sde, net, n, steps, generator, batch=128, sampler="pc", rtol=1e-4, shap
     if sampler not in ("pc", "ode"):
         raise ValueError(f"sampler={sampler} is none of pc, ode")
     stop_after(sde, steps, sampler)
-    net, device, parts = Counted(net), next(net.parameters()).device, []
+    net, device, parts = Counted(net), device_of(net), []
     for size in [min(batch, n - i) for i in range(0, n, batch)]:
         x = sde.prior((size, *shape), generator).to(device)
         parts.append(sde.ode_sample(net, x, rtol, rtol) if sampler == "ode" else
@@ -69,7 +69,7 @@ def stop_after(sde, steps, sampler="pc"):
 
 def denoising(sde, net, n, steps, generator, frames=30, shape=(1, 28, 28), **way):
     """Pictures of one batch on its way: x_t, at the size of the data, and beside it the x_0 estimated from it."""
-    path, size, x = [], sde.noising.prior_std, sde.prior((n, *shape), generator).to(next(net.parameters()).device)
+    path, size, x = [], sde.noising.prior_std, sde.prior((n, *shape), generator).to(device_of(net))
     stop_after(sde, steps)
     for t, x_next, x0 in sde.reverse(net, x, steps, generator=generator, **way):
         path.append(torch.stack([x / size, x0], dim=1).flatten(0, 1).cpu())

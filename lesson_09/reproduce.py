@@ -166,7 +166,7 @@ def gradient_noise(run, seed):
         total, square, data = 0.0, 0.0, digits("train", cfg.batch_size, seed)
         for k in range(cfg.batches):
             loss = ddpm.loss(net, data.batch(k)[0].to(run.device), times)
-            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).cpu()
             total, square = total + gradient, square + float(gradient.double().square().sum())
         mean2 = float((total / cfg.batches).double().square().sum())
         trace = (square / cfg.batches - mean2) * cfg.batches / (cfg.batches - 1) * cfg.batch_size

@@ -46,7 +46,7 @@ class Schedule(nn.Module):
 
     def monotone(self, t):
         """App. H: l1 t + l3 sigmoid(l2 t + b2), the weights l taken as positive, and its slope. (B,) -> two (B,)."""
-        l1, l2, b2, l3 = (p.double() for p in (self.l1.abs(), self.l2.abs(), self.b2, self.l3.abs()))
+        l1, l2, b2, l3 = (p.to(t) for p in (self.l1.abs(), self.l2.abs(), self.b2, self.l3.abs()))
         step = torch.sigmoid(l2 * t[:, None] + b2)                          # (B, units)
         return l1 * t + (l3 * step).mean(1), l1 + (l3 * step * (1 - step) * l2).mean(1)
 
@@ -62,8 +62,8 @@ class Schedule(nn.Module):
         return torch.log(torch.expm1(spent)), -20 * t / torch.expm1(-spent)
 
     def forward(self, t):
-        """t (B,) float64 -> u, du/dt (B,), gamma_0, gamma_1 (), all float64."""
-        low, high = self.low.double(), self.low.double() + self.span.double().abs()
+        """t (B,) float64 -> u, du/dt (B,), gamma_0, gamma_1 (), all of the precision of t."""
+        low, high = self.low.to(t), self.low.to(t) + self.span.to(t).abs()
         all_t = torch.cat([t, t.new_tensor([0.0, 1.0])])
         curve, slope = (self.monotone(all_t) if self.interior == "learned"
                         else self.fixed(all_t, low.detach(), high.detach()))

@@ -153,7 +153,8 @@ def by_interior(run, interior, seed):
     low, high = ends(run, vdm, net)
     if interior != "learned":
         other = ("linear", low + 1, high) if interior == "control" else (interior, low, high)
-        net = Bent(net, *other).to(run.device)
+        net = Bent(net, *other)
+        net.schedule.to(run.device)                     # the network is where it belongs
     noise, draws = seeded(seed), run.config.reproduce.draws
     parts = [vdm.bound(net, part, draws, noise)[2:] for part in images(run).split(128)]
     terms, times = (torch.cat([one.cpu().double() for one in part]) for part in zip(*parts))

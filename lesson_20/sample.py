@@ -8,7 +8,7 @@
 import torch
 
 from model import EDM, UNet
-from utils import Run, UserError, cli, report, save_gif, save_grid, save_npz, save_strip, score, seeded
+from utils import Run, UserError, cli, device_of, report, save_gif, save_grid, save_npz, save_strip, score, seeded
 
 
 def main(argv=None):
@@ -47,7 +47,7 @@ def load(run, weights):
 
 def draw(edm, net, n, seed, batch, sigmas, shape=(1, 28, 28), **how):
     """n samples in batches, (n, C, H, W). The seed gives the same start whatever the way from there."""
-    noise = torch.randn(n, *shape, generator=seeded(seed)).to(next(net.parameters()).device)
+    noise = torch.randn(n, *shape, generator=seeded(seed)).to(device_of(net))
     on_the_way = seeded(seed + 10**6)
     return torch.cat([edm.sample(net, part, sigmas, generator=on_the_way, **how) for part in noise.split(batch)])
 
@@ -59,7 +59,7 @@ def scaled(edm, y, sigma):
 
 def denoising(edm, net, n, generator, sigmas, frames=30, shape=(1, 28, 28), **how):
     """Pictures of one batch on its way: x, scaled, and beside it the image D(x; sigma) that is expected, n of each."""
-    noise = torch.randn(n, *shape, generator=generator).to(next(net.parameters()).device)
+    noise = torch.randn(n, *shape, generator=generator).to(device_of(net))
     path, y = [], noise * sigmas[0]
     for sigma, x, clean in edm.reverse(net, noise, sigmas, generator=generator, **how):
         path.append(torch.stack([scaled(edm, y, sigma).float(), clean], dim=1).flatten(0, 1).cpu())

@@ -133,7 +133,8 @@ class Attention(nn.Module):
             (of_q, of_kv), (bias_q, bias_kv) = (p.tensor_split([x.shape[2]]) for p in self.qkv.parameters())
             q, (k, v) = F.linear(x, of_q, bias_q), F.linear(source, of_kv, bias_kv).chunk(2, dim=2)
         q, k, v = (rearrange(a, "b n (h d) -> b h n d", h=self.heads) for a in (q, k, v))
-        return torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[3]), dim=3), v
+        # q / 8, because q k^T alone may be too large for fp16.
+        return torch.softmax(q / 8 @ k.transpose(2, 3) / (math.sqrt(q.shape[3]) / 8), dim=3), v
 
     def forward(self, x, source=None):
         """x (B, N, D), source (B, M, D) -> (B, N, D)."""

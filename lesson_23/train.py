@@ -37,7 +37,7 @@ def main(argv=None):
         run.clip_grad_norm(net.parameters(), cfg.clip)
         optimizer.step()
         ema.update(net)                                 # samples come from the average of the weights
-        run.log(loss=loss, **(gates(ema.module, run.device) if run.every(cfg.log_every) else {}))
+        run.log(loss=loss, **(gates(ema.module) if run.every(cfg.log_every) else {}))
         if run.every(cfg.preview_every):
             c = torch.arange(60, device=run.device) % null
             x = ddpm.sample(given(ema.module, c), len(c), min(run.config.sample.steps, ddpm.timesteps), x0.shape[1:],
@@ -47,11 +47,12 @@ def main(argv=None):
 
 
 @torch.no_grad()
-def gates(net, device, t=500):
+def gates(net, t=500):
     """Mean |gate| of each block, of its attention and of its MLP, over the classes at one time; {} if it has none."""
     if net.conditioning != "adaln-zero":
         return {}
-    c = torch.arange(len(net.label.table.weight), device=device)
+    table = net.label.table.weight
+    c = torch.arange(len(table), device=table.device)
     emb, found = torch.stack([net.time(torch.full_like(c, t)), net.label(c)], dim=1), {}
     for i, block in enumerate(net.blocks):
         _, _, gate1, _, _, gate2 = block.modulation(emb)

@@ -33,6 +33,7 @@ from utils import (
     Arm,
     Claim,
     cli,
+    device_of,
     dots,
     fid_to_test,
     figure,
@@ -284,7 +285,7 @@ def validation(net, words, cfg, levels=None):
     c = for_encoders(words([one[0] for one in data.captions]), words([""])[0])
     for t in (torch.arange(levels or cfg.levels, dtype=torch.float64) + 0.5) / (levels or cfg.levels):
         n = torch.randn(x0.shape, generator=generator)
-        parts = zip(*(one.to(next(net.parameters()).device).split(250) for one in (x0, n, c)))
+        parts = zip(*(one.to(device_of(net)).split(250) for one in (x0, n, c)))
         losses.append(torch.cat([flow.loss_at(given(net, one), x, t.to(x.device).expand(len(x)), eps)
                                  for x, eps, one in parts]).mean().cpu())
     return torch.stack(losses)

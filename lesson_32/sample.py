@@ -10,7 +10,7 @@
 import torch
 
 from model import MMDiT, RectifiedFlow, for_encoders, guided
-from utils import Run, UserError, captions, cli, report, save_gif, save_grid, save_npz, score
+from utils import Run, UserError, captions, cli, device_of, report, save_gif, save_grid, save_npz, score
 
 GRID = [captions.caption(digit, {"thickness": a, "slant": b})
         for a in range(3) for b in range(3) for digit in range(10)]
@@ -66,7 +66,7 @@ def conditioned(net, words, texts, guidance, encoders, device):
 
 def draw(flow, net, words, texts, n, grid, guidance, encoders=(1, 1, 1), batch=128):
     """An image of every caption from its noise n, in batches: (N, 1, 28, 28)."""
-    parts = zip(n.to(next(net.parameters()).device).split(batch), range(0, len(n), batch))
+    parts = zip(n.to(device_of(net)).split(batch), range(0, len(n), batch))
     return torch.cat([flow.sample(conditioned(net, words, texts[i:i + batch], guidance, encoders, part.device),
                                   part, grid) for part, i in parts])
 

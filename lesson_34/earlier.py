@@ -4,6 +4,7 @@ Written by `python -m tools.lineage sync` from the import lines of model.py. Do 
 where it stands, in the file named above it, and run the command again.
 """
 
+import functools
 import math
 
 import torch
@@ -313,3 +314,10 @@ def cropped_sincos_2d(dim, h, w, grid):
         raise ValueError(f"an image of {h} x {w} patches does not fit into grid={grid}")
     rows, columns = (slice((grid - side) // 2, (grid - side) // 2 + side) for side in (h, w))
     return sincos_2d(dim, grid, grid).unflatten(0, (grid, grid))[rows, columns].flatten(0, 1)
+
+
+# lesson_32/model.py
+@functools.cache
+def cropped_sincos_on(device, dtype, *size):
+    """`cropped_sincos_2d` of this size where it is added (Sec. 5.3), made once: copies wait for a GPU."""
+    return cropped_sincos_2d(*size).to(dtype).to(device)

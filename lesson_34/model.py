@@ -11,6 +11,7 @@ w = 1 is plain conditional. The teacher needs two calls for it; the student is g
 1000 as well. Images are (B, C, H, W) in [-1, 1]; t, w (B,); a caption c is (B, L) word numbers.
 """
 
+import functools
 import math
 
 import torch
@@ -22,7 +23,7 @@ import earlier  # lesson 32: RectifiedFlow
 from earlier import image, linear  # lesson 05
 from earlier import drop  # lesson 05c
 from earlier import FinalLayer, TimestepEmbedder, modulate, norm, patchify  # lesson 23
-from earlier import JointBlock, Stream, cropped_sincos_2d  # lesson 32
+from earlier import JointBlock, Stream, cropped_sincos_on  # lesson 32
 
 
 # ------------------------------------------------------------------ the process: announcement, sampling.py
@@ -118,9 +119,9 @@ def guided(net, c, null, w):
 
 
 # ------------------------------------------------------------------ rotary positions: RoFormer, on three axes
-def positions(h, w, device=None):
+def positions(h, w):
     """(0, row, column) of each patch, row by row (official code: prepare). (h w, 3) int64."""
-    row, column = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+    row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], dim=2).flatten(0, 1)
 
 
@@ -132,10 +133,16 @@ def rotations(ids, axes):
     """
     angles = []
     for place, dim in zip(ids.double().unbind(1), axes):
-        frequency = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
+        frequency = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angles.append(place[:, None] * frequency)
     angle = torch.cat(angles, dim=1)
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+
+
+@functools.cache
+def rotations_on(device, axes, *size):
+    """`rotations` of an image of so many patches, where they are used (RoFormer, Sec. 3.2): made once, not copied."""
+    return rotations(positions(*size), axes).to(device)
 
 
 def rotate(x, turn):
@@ -217,7 +224,9 @@ class FluxTransformer(nn.Module):
         super().__init__()
         if dim % heads or sum(axes) != dim // heads or any(size % 2 for size in axes):
             raise ValueError(f"axes={list(axes)} must be even and sum to dim / heads = {dim} / {heads}")
-        self.axes = axes
+        if frequencies % 2:
+            raise ValueError(f"frequencies={frequencies} must be even: as many cosines as sines")
+        self.axes = tuple(axes)
         self.stem, self.context = linear(channels, dim), linear(context, dim)
         self.time, self.guidance = ScaledEmbedder(dim, frequencies), ScaledEmbedder(dim, frequencies)
         nn.init.zeros_(self.guidance.out.weight)                            # says nothing until it is taught
@@ -226,11 +235,11 @@ class FluxTransformer(nn.Module):
         self.singles = nn.ModuleList(SingleBlock(dim, heads) for _ in range(singles))
         self.final = FinalLayer(dim, channels)
 
-    def forward(self, x, context, pooled, t, w, ids):
-        """x (B, N, channels), context (B, L, ...), pooled (B, ...), t, w (B,), ids (N, 3) -> (B, N, channels)."""
+    def forward(self, x, context, pooled, t, w, turn):
+        """x (B, N, channels), context (B, L, ...), pooled (B, ...), t, w (B,), turn of the N -> (B, N, channels)."""
         x, context = self.stem(x), self.context(context)
         emb = torch.stack([self.time(t), self.guidance(w), self.pooled(pooled)], dim=1)
-        turn = rotations(F.pad(ids, (0, 0, context.shape[1], 0)), self.axes)             # text is at (0, 0, 0)
+        turn = F.pad(turn, (0, 0, context.shape[1], 0), value=1)            # text is at (0, 0, 0): it is not turned
         for block in self.doubles:
             x, context = block(x, context, emb, turn)
         length, x = context.shape[1], torch.cat([context, x], dim=1)
@@ -274,13 +283,13 @@ class Flux(nn.Module):
         self.transformer = FluxTransformer(image_channels * patch ** 2, words, bag, **transformer)
 
     def tokens(self, x):
-        """The patches of an image and where they are (official code: prepare). (B, N, C patch^2), (N, 3)."""
-        h, w = (side // self.patch for side in x.shape[2:])
-        return patchify(x, self.patch), positions(h, w, x.device)
+        """The patches of an image and the turns of their places (official code: prepare). (B, N, ...), (N, d / 2)."""
+        size = (side // self.patch for side in x.shape[2:])
+        return patchify(x, self.patch), rotations_on(x.device, self.transformer.axes, *size)
 
     def forward(self, x, t, c, w):
         """x (B, C, H, W), t (B,) the time, c (B, L) int, w (B,) the guidance weight -> the velocity, (B, C, H, W)."""
-        (tokens, ids), (context, pooled) = self.tokens(x), self.text(c)
-        v = self.transformer(tokens, context, pooled, t, w, ids)             # (B, N, C patch^2)
+        (tokens, turn), (context, pooled) = self.tokens(x), self.text(c)
+        v = self.transformer(tokens, context, pooled, t, w, turn)            # (B, N, C patch^2)
         return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=x.shape[2] // self.patch, p=self.patch,
                          q=self.patch)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from model import Flux, RectifiedFlow, SingleBlock, Stream, attend, cropped_sincos_2d, given, positions, rotations
+from model import Flux, RectifiedFlow, SingleBlock, Stream, attend, cropped_sincos_on, given, positions, rotations
 from sample import draw, loaded, passes, velocity
 from utils import (
     Arm,
@@ -63,10 +63,11 @@ class TableFlux(Flux):
         self.stem, self.transformer.stem = self.transformer.stem, nn.Identity()
 
     def tokens(self, x):
-        """The patches behind the stem, table added, all at (0, 0, 0), which is no turn. (B, N, D), (N, 3)."""
+        """The patches behind the stem, table added, all at (0, 0, 0), which is no turn. (B, N, D), (N, d / 2)."""
         h, w = (side // self.patch for side in x.shape[2:])
-        tokens, ids = super().tokens(x)
-        return self.stem(tokens) + cropped_sincos_2d(self.stem.out_features, h, w, 64).to(tokens), 0 * ids
+        tokens, turn = super().tokens(x)
+        table = cropped_sincos_on(x.device, x.dtype, self.stem.out_features, h, w, 64)
+        return self.stem(tokens) + table, torch.ones_like(turn)
 
 
 ARMS = {"rotary": [], "table": Arm(Flux=TableFlux)}

@@ -10,7 +10,7 @@
 import torch
 
 from model import Flux, RectifiedFlow, given, guided
-from utils import Run, UserError, cli, report, save_gif, save_grid, save_npz, score
+from utils import Run, UserError, cli, device_of, report, save_gif, save_grid, save_npz, score
 from utils.captions import Tokenizer, caption, captioned, follow, read_caption
 
 TEACHER = "weights_teacher.safetensors"                 # what train.py calls it
@@ -62,7 +62,7 @@ def passes(cfg):
 
 def velocity(net, words, texts, cfg):
     """v under these captions, a function of x_t and t: one pass with w as input, or two that w combines."""
-    c, null = (words(said).to(next(net.parameters()).device) for said in (texts, [""]))
+    c, null = (words(said).to(device_of(net)) for said in (texts, [""]))
     return given(net, c, cfg.guidance) if passes(cfg) == 1 else guided(net, c, null.expand_as(c), cfg.guidance)
 
 
@@ -73,7 +73,7 @@ def tokens(net, width=28):
 
 def draw(flow, net, words, texts, cfg, generator, width=28):
     """An image of every caption, in batches: (n, 1, 28, width)."""
-    n = torch.randn(len(texts), 1, 28, width, generator=generator).to(next(net.parameters()).device)
+    n = torch.randn(len(texts), 1, 28, width, generator=generator).to(device_of(net))
     grid, batches = flow.grid(cfg.steps, tokens(net, width)), range(0, len(n), cfg.batch)
     batches = [slice(i, i + cfg.batch) for i in batches]
     return torch.cat([flow.sample(velocity(net, words, texts[part], cfg), n[part], grid) for part in batches])

@@ -7,6 +7,8 @@ says so, `.to` moves it, and what CUDA refuses is refused: two devices in one op
 tensor on the CPU, a generator of the CPU for noise on the GPU, numpy. What makes the CPU wait for the GPU is written to
 FILE, a line each: the step of the training ("-" outside), what it was, file and line (`waits` reads them).
 
+kind="mps" pretends the GPU of a Mac instead, a device without float64: no such tensor is made, moved or computed there.
+
 Nothing of CUDA is touched, so it runs with any build of torch. Autocast of "cuda" leaves tensors of the CPU alone, so
 sums are those of fp32; the GradScaler of fp16, its steps and its state are the real ones. It sees the calls that Python
 makes: what a function of torch does inside is not looked at.
@@ -22,7 +24,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 ROOT, LIBRARY = str(Path(__file__).resolve().parent.parent), str(Path(os.__file__).parent)
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+CPU = torch.device("cpu")
 T = torch.Tensor
 HERE = {T, torch.nn.Parameter, torch.nn.Buffer, torch.Generator}
 
@@ -57,14 +59,15 @@ def leaves(value):
 
 
 def on_gpu(device):
-    return device is not None and torch.device(device).type == "cuda"
+    return device is not None and torch.device(device).type in ("cuda", "mps")
 
 
 class FakeGPU(TorchFunctionMode):
     """Between Python and torch. mine, pinned: tensors on the GPU, and those of the CPU in memory that it can read."""
 
-    def __init__(self, report=None):
+    def __init__(self, report=None, kind="cuda"):
         super().__init__()
+        self.gpu = torch.device(kind, 0)
         self.mine, self.pinned, self.step, self.report = {}, {}, "-", report
 
     def on(self, tensor):
@@ -76,6 +79,9 @@ class FakeGPU(TorchFunctionMode):
         for tensor in leaves(value):
             if known is None or id(tensor) not in known:
                 self._remember(self.mine, tensor) if gpu else self.mine.pop(id(tensor), None)
+                if gpu and self.gpu.type == "mps" and tensor.dtype in (torch.float64, torch.complex128):
+                    raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support "
+                                    f"float64. Please use float32 instead. ({self.place()})")
         return value
 
     @staticmethod
@@ -121,8 +127,8 @@ class FakeGPU(TorchFunctionMode):
         if gpus and len(gpus) < len(tensors):
             target = self.mixed(func, first, mine, args, tensors)
         if target and len(found) > len(tensors) and any(
-                type(one) is torch.Generator and one.device.type != "cuda" for one in found):
-            self.refuse("Expected a 'cuda' device type for generator but found 'cpu'")
+                type(one) is torch.Generator and not on_gpu(one.device) for one in found):
+            self.refuse(f"Expected a '{self.gpu.type}' device type for generator but found 'cpu'")
         if gpus and (func in READS or func is T.__getitem__ and self.by_mask(args[1])):
             self.wait("read by the CPU")
         if target and func in (torch.tensor, torch.as_tensor) and len(gpus) < max(len(tensors), 1):
@@ -154,16 +160,19 @@ class FakeGPU(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor, torch.autograd.backward, T.backward):
             return mine
         if func in STRICT or any(one.dim() for one in strangers):
-            self.refuse("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu,"
-                        f" in {getattr(func, '__name__', func)}")
+            self.refuse("Expected all tensors to be on the same device, but found at least two devices, "
+                        f"{self.gpu} and cpu, in {getattr(func, '__name__', func)}")
         return True
 
     # ------------------------------------------------------------------ what is about devices
     def device(self, func, mine, args, kwargs):
-        return GPU if mine else func(*args)
+        return self.gpu if mine else func(*args)
 
     def is_cuda(self, func, mine, args, kwargs):
-        return mine
+        return mine and self.gpu.type == "cuda"
+
+    def is_mps(self, func, mine, args, kwargs):
+        return mine and self.gpu.type == "mps"
 
     def is_cpu(self, func, mine, args, kwargs):
         return not mine
@@ -173,7 +182,7 @@ class FakeGPU(TorchFunctionMode):
 
     def numpy(self, func, mine, args, kwargs):
         if mine:
-            raise TypeError(f"can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() ({self.place()})")
+            raise TypeError(f"can't convert {self.gpu} device type tensor to numpy. Use Tensor.cpu() ({self.place()})")
         return func(*args, **kwargs)
 
     def same_side(self, func, mine, args, kwargs):
@@ -234,7 +243,8 @@ class FakeGPU(TorchFunctionMode):
 
 
 SPECIAL = {
-    T.device.__get__: FakeGPU.device, T.is_cuda.__get__: FakeGPU.is_cuda, T.is_cpu.__get__: FakeGPU.is_cpu,
+    T.device.__get__: FakeGPU.device, T.is_cuda.__get__: FakeGPU.is_cuda, T.is_mps.__get__: FakeGPU.is_mps,
+    T.is_cpu.__get__: FakeGPU.is_cpu,
     T.get_device: FakeGPU.get_device, T.numpy: FakeGPU.numpy, T.__array__: FakeGPU.numpy,
     T.data.__get__: FakeGPU.same_side, T.grad.__get__: FakeGPU.same_side, T.detach: FakeGPU.same_side,
     T.__deepcopy__: FakeGPU.same_side, T.data.__set__: FakeGPU.set_data, T.grad.__set__: FakeGPU.set_grad,
@@ -243,22 +253,20 @@ SPECIAL = {
 }
 
 
-def install(report=None, capability=(7, 5)):
+def install(report=None, capability=(7, 5), kind="cuda"):
     """From here on this process has a GPU. report: the file of all waits. Returns the mode."""
-    cuda, mode = torch.cuda, FakeGPU(report)
-    cuda.is_available, cuda.device_count, cuda.current_device = lambda: True, lambda: 1, lambda: 0
-    cuda.is_initialized, cuda._lazy_init, cuda.set_device = lambda: True, lambda: None, lambda *_: None
-    cuda.get_device_capability, cuda.get_device_name = lambda *_: capability, lambda *_: "Tesla T4"
-    cuda.max_memory_allocated = lambda *_: 0
-    cuda.get_rng_state, cuda.set_rng_state = lambda *_: torch.get_rng_state(), lambda *_: None
-    cuda.manual_seed_all = cuda.manual_seed = lambda *_: None
-    cuda.is_current_stream_capturing = lambda: False
-    cuda.synchronize = lambda *_: mode.wait("synchronize")
+    mode = FakeGPU(report, kind)
+    if kind == "mps":
+        torch.backends.mps.is_available = torch.backends.mps.is_built = lambda: True
+        torch.backends.mps.get_name = lambda: "Apple M2"
+        torch.mps.synchronize = lambda: mode.wait("synchronize")
+    else:
+        pretend_cuda(mode, capability)
     torch.accelerator.current_accelerator = lambda *_, **__: None
     groups = torch._C._group_tensors_by_device_and_dtype
 
     def grouped(lists, *args):                         # by foreach: it asks in C++
-        return {(GPU if any(map(mode.on, leaves(one[0]))) else device, dtype): one
+        return {(mode.gpu if any(map(mode.on, leaves(one[0]))) else device, dtype): one
                 for (device, dtype), one in groups(lists, *args).items()}
 
     torch._C._group_tensors_by_device_and_dtype = grouped
@@ -270,6 +278,19 @@ def install(report=None, capability=(7, 5)):
     torch.nn.Parameter.__deepcopy__ = copied
     mode.__enter__()
     return mode
+
+
+def pretend_cuda(mode, capability):
+    """What torch.cuda says about it."""
+    cuda = torch.cuda
+    cuda.is_available, cuda.device_count, cuda.current_device = lambda: True, lambda: 1, lambda: 0
+    cuda.is_initialized, cuda._lazy_init, cuda.set_device = lambda: True, lambda: None, lambda *_: None
+    cuda.get_device_capability, cuda.get_device_name = lambda *_: capability, lambda *_: "Tesla T4"
+    cuda.max_memory_allocated = lambda *_: 0
+    cuda.get_rng_state, cuda.set_rng_state = lambda *_: torch.get_rng_state(), lambda *_: None
+    cuda.manual_seed_all = cuda.manual_seed = lambda *_: None
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.synchronize = lambda *_: mode.wait("synchronize")
 
 
 def watch(mode):

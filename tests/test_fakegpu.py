@@ -1,36 +1,42 @@
 """Every lesson on a GPU that is not there (fakegpu.py): nothing mixes devices, no step of a training waits for it.
 
-Two reproduce.py run here, because all of them take two minutes of a core more: FAKEGPU=all runs those too.
+And on the GPU of a Mac that is not there, which has no float64. Two reproduce.py run here, one on each, because all of
+them take four minutes of a core more: FAKEGPU=all runs those too.
 """
 
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import ROOT, load
 from fakegpu import FakeGPU, every_step, waits
 from tools import lineage
-from utils import config
+from utils import EMA, Weights, config, device_of
+from utils.checkpoint import read_checkpoint
+from utils.device import home, put
 from utils.run import Run
 
 READY = {one["number"]: one["folder"] for one in lineage.load_lessons(ROOT) if one["state"] == "ready"}
-CLAIMS = list(READY) if os.environ.get("FAKEGPU") == "all" else ["02", "23"]
+KINDS = ("cuda", "mps")
+CLAIMS = [(number, kind) for number in READY for kind in KINDS
+          if os.environ.get("FAKEGPU") == "all" or (number, kind) in (("02", "cuda"), ("23", "mps"))]
 CHEAPER = {"04": ["sigma_1=50"], **dict.fromkeys(("05e", "32", "34"), ["captions.images=500"])}    # to build a network
 
 
-def install(report, capability=(7, 5)):
+def install(report, **how):
     """The code that a process runs first."""
     return (f"import sys; sys.path.append({str(ROOT / 'tests')!r}); import fakegpu; "
-            f"fakegpu.watch(fakegpu.install({str(report)!r}, {capability})); fakegpu.cheap()")
+            f"fakegpu.watch(fakegpu.install({str(report)!r}, **{how!r})); fakegpu.cheap()")
 
 
 @pytest.fixture
 def start(launch, tmp_path):
-    """start(script, *argv): run it on the pretended GPU; its report is `tmp_path / "report"`."""
-    def run(script, *argv, **how):
-        return launch(script, f"runs={tmp_path / 'runs'}", *argv, before=install(tmp_path / "report", **how))
+    """start(script, *argv, kind="mps"): run it on the pretended GPU; its report is `tmp_path / "report"`."""
+    def run(script, *argv, before="", **how):
+        return launch(script, f"runs={tmp_path / 'runs'}", *argv, before=install(tmp_path / "report", **how) + before)
     return run
 
 
@@ -99,6 +105,62 @@ def test_waits_are_counted(gpu):
     assert gpu()[5:8] == ["copied to the GPU"] * 3 and gpu()[8:] == ["index copied to the GPU"]
 
 
+@pytest.mark.parametrize("what", [
+    lambda x: x.double(), lambda x: x.to(torch.float64), lambda x: torch.zeros(2, dtype=torch.float64, device="mps"),
+    lambda x: x.cpu().double().to("mps"), lambda x: x.new_ones(2, dtype=torch.float64), lambda x: x.type(torch.float64),
+    lambda x: torch.linspace(0, 1, 3, device="mps", dtype=torch.float64), lambda x: x.sum(dtype=torch.float64),
+    lambda x: torch.polar(x, x).to(torch.complex128), lambda x: torch.nn.Linear(3, 1).double().to("mps"),
+    lambda x: torch.tensor(np.ones(2), device="mps"), lambda x: torch.rand(3, device="mps").numpy(),
+])
+def test_a_mac_has_no_float64(what):
+    with FakeGPU(kind="mps"):
+        x = torch.ones(3, device="mps")
+        assert x.device == torch.device("mps", 0) and x.is_mps and not x.is_cuda and not x.is_cpu
+        assert (x * torch.tensor(2.0, dtype=torch.float64)).is_mps and x.cpu().double().is_cpu
+        with pytest.raises(TypeError, match="float64|mps:0"):
+            what(x)
+
+
+def test_a_network_on_a_mac_is_called_from_the_cpu():
+    """What goes in is moved, float64 as float32, what comes out is moved back; a copy of the network does so, too."""
+    seen = []
+
+    class Net(torch.nn.Linear):
+        def forward(self, x, told, scale=1.0):
+            seen[:] = [x, *told[:2], self.weight]
+            return super().forward(x * told[0]) * scale, told[1]
+
+    with FakeGPU(kind="mps"):
+        mac, process = torch.device("mps"), torch.nn.Module()
+        process.register_buffer("abar", torch.ones(2, dtype=torch.float64))
+        net = put(Net(3, 2), mac)
+        assert put(process, mac).abar.is_cpu and process.abar.dtype == torch.float64
+        assert home(mac) == device_of(net) == torch.device("cpu") and home(torch.device("cuda")).type == "cuda"
+        for one in (net, EMA(net).module.to(mac)):     # torch does not tell the mode of a copied parameter
+            x = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+            out, same = one(x, (torch.ones(4, 1), torch.arange(4), None), scale=torch.tensor(2.0))
+            assert all(tensor.is_mps for tensor in seen) and seen[0].dtype == torch.float32
+            assert out.is_cpu and same.is_cpu and torch.equal(same, torch.arange(4))
+        net(x, (torch.ones(4, 1), None))[0].sum().backward()
+        assert x.grad.is_cpu and x.grad.dtype == torch.float64 and net.weight.grad.is_mps
+
+
+@pytest.mark.parametrize("keys, error", [
+    (["precision=bf16"], "on a Mac's GPU this course computes in fp32"), (["device=cuda"], "no CUDA GPU was found")])
+def test_what_a_mac_cannot_do(start, keys, error):
+    assert error in start("lesson_05/train.py", "smoke=true", *keys, kind="mps").error()
+
+
+def test_samples_of_a_mac_are_those_of_a_cpu(start, launch, tmp_path):
+    keys, found = ("weights=published", "n=3", "steps=3", "npz=x.npz", "precision=fp32"), {}
+    for name, process in (("mac", start(*(script := ("lesson_05/sample.py", *keys)), "device=mps", kind="mps")),
+                          ("cpu", launch(*script, f"runs={tmp_path / 'cpu'}"))):
+        assert process.wait() == 0, process.err
+        assert ("GPU of a Mac found" in process.out) == (name == "mac")
+        found[name] = np.load(next((tmp_path / ("runs" if name == "mac" else "cpu")).rglob("x.npz")))["arr_0"]
+    assert np.array_equal(found["mac"], found["cpu"]) and found["cpu"].std() > 30
+
+
 # ------------------------------------------------------------------ what it must catch, in lesson 05
 NOISE = "torch.randn(x.shape, generator=generator).to(x.device)"
 
@@ -147,6 +209,45 @@ def test_a_gpu_publishes_numbers_only(start, lesson):
     assert (lesson / "results" / "weights.safetensors").read_bytes() == b"those of a CPU"
 
 
+STOP = """
+import os, signal
+from utils.run import Run
+log = Run.log
+def stop(self, **values):
+    log(self, **values)
+    if self.step + 1 == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+Run.log = stop
+"""
+
+
+@pytest.mark.parametrize("first, then", [("cuda", "cpu"), ("cpu", "cuda"), ("cpu", "mps")])
+def test_a_training_goes_on_on_another_machine(start, launch, tmp_path, first, then):
+    """With the network that it had: the overlay stays laid, or not laid. Nothing is lost on the way."""
+    def train(kind, runs, *argv, before=""):
+        how = {"before": before} if kind == "cpu" else {"before": before, "kind": kind}
+        keys = *argv, "threads=1", f"runs={tmp_path / runs}"
+        process = (launch if kind == "cpu" else start)("lesson_05/train.py", *keys, **how)
+        assert process.wait() == (130 if before else 0), process.err
+        return process.out
+
+    keys, laid = ("smoke=true", "steps=4", "preview_every=0", "precision=fp32"), first == "cuda"
+    cpu = ["device=cpu"] * (first == "cpu")
+    train(first, "moved", *keys, *cpu, before=STOP)
+    folder = tmp_path / "moved" / "smoke" / "001"
+    assert (json.loads(read_checkpoint(folder / "last.pt", "lesson_05")["config"])["train"]["gpu"] is True) == laid
+    out = train(then, "moved", "smoke=true", "--resume", f"device={then}")
+    assert f"resumed 001 after step 2, device={then} (before: {'auto' if laid else 'cpu'})" in out
+    train("cpu", "straight", f"gpu={str(laid).lower()}", *keys, "device=cpu")
+    moved, straight = (Weights(tmp_path / runs / "smoke" / "001" / "weights.safetensors", "lesson_05")
+                       for runs in ("moved", "straight"))
+    assert vars(moved.config["unet"]) == vars(straight.config["unet"]) and len(moved.config["unet"].mults) == 2 + laid
+    assert moved.state.keys() == straight.state.keys()
+    assert all(torch.equal(moved.state[key], straight.state[key]) for key in moved.state)
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert set(results) == {{"cpu": "train", "cuda": "train_gpu", "mps": "train_mps"}[then]}
+
+
 # ------------------------------------------------------------------ every lesson
 every_lesson = pytest.mark.parametrize("number", list(READY))
 
@@ -179,9 +280,21 @@ def test_sampling(start, tmp_path, number):
     assert [what for _, what, _ in waits(tmp_path / "report")].count("synchronize") >= 2
 
 
-@pytest.mark.parametrize("number", CLAIMS)
-def test_claim(start, number):
-    process = start(f"{READY[number]}/reproduce.py", "smoke=true")
+@every_lesson
+def test_on_a_mac(start, number):
+    """Networks on a device without float64, all else on the CPU: a training with its preview, published weights."""
+    steps, few = 3 if number in ("21", "34") else 2, 1 if number in ("03", "04") else 2
+    trained = start(f"{READY[number]}/train.py", "smoke=true", f"steps={steps}", f"preview_every={steps}",
+                    f"sample.steps={few}", "save_every=0", kind="mps")
+    drawn = start(f"{READY[number]}/sample.py", "weights=published", "n=4", f"steps={few}", kind="mps")
+    assert trained.wait() == 0, trained.err
+    assert "GPU of Apple M2, fp32" in trained.out and "section `gpu`" not in trained.out, trained.out
+    assert drawn.wait() == 0, drawn.err
+
+
+@pytest.mark.parametrize("number, kind", CLAIMS)
+def test_claim(start, number, kind):
+    process = start(f"{READY[number]}/reproduce.py", "smoke=true", kind=kind)
     assert process.wait() == 0, process.err
     assert "GPU found" not in process.out              # the arms are what the claim says
 

@@ -486,5 +486,5 @@ def test_gates_are_the_third_and_the_sixth():
     with torch.no_grad():
         net.blocks[0].adaln[1].weight.zero_()
         net.blocks[0].adaln[1].bias.copy_(torch.tensor([1.0, 2, -3, 4, 5, -6]).repeat_interleave(16))
-    found = load("lesson_23", "train").gates(net, torch.device("cpu"))
+    found = load("lesson_23", "train").gates(net)
     assert [found[name].item() for name in block_names] == pytest.approx([3, 6])

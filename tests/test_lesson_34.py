@@ -184,15 +184,15 @@ def test_layer_norms_have_no_weights_and_queries_and_keys_have_a_norm():
 @torch.no_grad()
 def test_text_comes_before_the_image_in_both_kinds_of_block():
     net = stirred(FluxTransformer(**CORE))
-    ids, seen = model.positions(3, 5), {}
+    places, seen = model.rotations(model.positions(3, 5), (4, 6, 6)), {}
     for name in ("doubles", "singles"):
         getattr(net, name)[0].register_forward_hook(
             lambda part, args, out, name=name: seen.update({name: (args, out)}))
-    net(torch.randn(2, 15, 12), torch.randn(2, 4, 20), torch.randn(2, 10), torch.rand(2), torch.ones(2), ids)
+    net(torch.randn(2, 15, 12), torch.randn(2, 4, 20), torch.randn(2, 10), torch.rand(2), torch.ones(2), places)
     turn = seen["doubles"][0][3]
     assert torch.equal(turn, seen["singles"][0][2]) and turn.shape == (19, 8)
     assert torch.equal(turn[:4], torch.ones(4, 8, dtype=torch.complex64))                # the text's four: no turn
-    assert torch.equal(turn[4:], model.rotations(ids, (4, 6, 6)))
+    assert torch.equal(turn[4:], places)
     args, first = seen["doubles"]
     last = net.doubles[1](*first, *args[2:])
     assert torch.equal(seen["singles"][0][0], torch.cat([last[1], last[0]], dim=1))
@@ -213,6 +213,8 @@ def test_tokens_are_rows_of_patches_and_come_back_to_their_place():
 
 
 class Echo(torch.nn.Module):
+    axes = SMALL["axes"]
+
     def forward(self, x, *rest):
         self.seen = x
         return x
@@ -222,11 +224,12 @@ class Echo(torch.nn.Module):
 def test_a_network_with_rotary_positions_knows_no_place_but_the_texts():
     # All ids moved by the same amount: between image tokens nothing changes; towards the text, at 0, it does.
     net, ids = stirred(FluxTransformer(**CORE)), model.positions(3, 5)
+    turn = lambda ids: model.rotations(ids, net.axes)
     inputs = torch.randn(2, 15, 12), torch.randn(2, 4, 20), torch.randn(2, 10), torch.rand(2), torch.ones(2)
     moved = ids + torch.tensor([0, 5, 9])
     no_text = inputs[0], inputs[1][:, :0], *inputs[2:]
-    assert torch.allclose(net(*no_text, ids), net(*no_text, moved), atol=1e-4)
-    assert (net(*inputs, ids) - net(*inputs, moved)).abs().max() > 1e-2
+    assert torch.allclose(net(*no_text, turn(ids)), net(*no_text, turn(moved)), atol=1e-4)
+    assert (net(*inputs, turn(ids)) - net(*inputs, turn(moved))).abs().max() > 1e-2
 
 
 @torch.no_grad()
@@ -236,11 +239,12 @@ def test_the_table_is_that_of_lesson_32_and_turns_nothing():
     net.transformer.register_forward_pre_hook(lambda part, args: seen.setdefault("args", args))
     x, t, c = batch(1, 28, 44)
     net(x, t, c, torch.ones(1))
-    tokens, ids = seen["args"][0], seen["args"][5]
-    table = load("lesson_32", "model").cropped_sincos_2d(16, 7, 11, 64).float()
-    assert not ids.any() and ids.shape == (77, 3)
+    tokens, turn = seen["args"][0], seen["args"][5]
+    cropped_sincos_2d = load("lesson_32", "model").cropped_sincos_2d
+    table = cropped_sincos_2d(16, 7, 11, 64).float()
+    assert torch.equal(turn, torch.ones(77, 4, dtype=torch.complex64))
     assert torch.allclose(tokens, net.stem(model.patchify(x, 4)) + table, atol=1e-6)
-    small = model.cropped_sincos_2d(16, 7, 7, 64).float().reshape(7, 7, 16)
+    small = cropped_sincos_2d(16, 7, 7, 64).float().reshape(7, 7, 16)
     assert torch.equal(small, table.reshape(7, 11, 16)[:, 2:9])             # the middle is what training has seen
     count = lambda net: sum(p.numel() for p in net.parameters())
     assert count(net) == count(Flux(**SMALL))
@@ -256,7 +260,8 @@ def test_the_arms_differ_in_their_positions_alone():
     assert weights.keys() == table.state_dict().keys()
     table.load_state_dict(weights)
     x, t, c = batch()
-    w, tokens = torch.ones(3), lambda x: (table.stem(model.patchify(x, 4)), model.positions(7, 7))
+    w, turn = torch.ones(3), model.rotations(model.positions(7, 7), SMALL["axes"])
+    tokens = lambda x: (table.stem(model.patchify(x, 4)), turn)
     assert (ours(x, t, c, w) - table(x, t, c, w)).abs().max() > 1e-3
     table.tokens = tokens                              # without the table, and turned: the same network
     assert torch.equal(ours(x, t, c, w), table(x, t, c, w))
@@ -520,12 +525,13 @@ def make_fixture(diffusers):
 @torch.no_grad()
 def assert_equal_to(fixture):
     net, (x, context, pooled, t, w) = ported(fixture["shapes"]), inputs()
-    got = net(x, context, pooled, t, w, model.positions(3, 5))
+    wide, tall = (model.rotations(model.positions(*size), net.axes) for size in ((3, 5), (5, 3)))
+    got = net(x, context, pooled, t, w, wide)
     expected = torch.tensor(fixture["output"]).reshape(2, 15, 12)
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())) and expected.std() > 0.1
     for other in ((t, w + 1), (t / 2, w)):             # both inputs matter in it
-        assert (net(x, context, pooled, *other, model.positions(3, 5)) - expected).abs().max() > 1e-2
-    assert (net(x, context, pooled, t, w, model.positions(5, 3)) - expected).abs().max() > 1e-2
+        assert (net(x, context, pooled, *other, wide) - expected).abs().max() > 1e-2
+    assert (net(x, context, pooled, t, w, tall) - expected).abs().max() > 1e-2
     flow = RectifiedFlow()
     for row in fixture["grids"]:
         assert flow.mu(row["tokens"]) == pytest.approx(row["mu"], rel=1e-12)

@@ -7,6 +7,7 @@ table of what is new are checked by tools/lineage.py, the front page by test_too
 import ast
 import functools
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -434,6 +435,47 @@ def test_training_never_leaves_training_mode(folder):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             off = node.func.attr == "train" and [getattr(a, "value", None) for a in node.args] == [False]
             assert node.func.attr != "eval" and not off, f"train.py:{node.lineno}: sample with ema.module instead"
+
+
+# ------------------------------------------------------------------ networks
+@pytest.mark.parametrize("name, key, wrong", [
+    ("UNet", "channels", (1, 2, 3, 7)), ("DiT", "dim", (2, 6, 9)), ("MMDiT", "dim", (2, 6, 9)),
+    ("Flux", "frequencies", (1, 7))])
+def test_a_width_that_the_embeddings_cannot_hold_is_said_at_once(folder, name, key, wrong):
+    """Else it is NaN, or an error of shapes in the first step."""
+    model = load(folder, "model")
+    if not hasattr(model, name):
+        return
+    others = dict.fromkeys(inspect.signature(getattr(model, name)).parameters.keys() & {"vocabulary", "length"}, 9)
+    others |= {"UNet": {"groups": 1}, "Flux": {"dim": 16, "heads": 2, "axes": (4, 2, 2)}}.get(name, {"heads": 1})
+    for width in wrong:
+        with pytest.raises(ValueError, match=f"{key}={width} must be "):
+            getattr(model, name)(**others, **{key: width})
+    if name == "UNet":
+        assert model.UNet(**others, channels=4).time[0].weight.shape == (16, 4)
+
+
+def test_such_a_width_is_one_line_for_the_reader(launch, tmp_path):
+    process = launch("lesson_05/train.py", "smoke=true", "channels=3", "groups=1", f"runs={tmp_path / 'runs'}")
+    assert "channels=3 must be even and at least 4" in process.error() and not (tmp_path / "runs").exists()
+
+
+def test_attention_fits_into_fp16(folder):
+    """q k^T alone is 230,000 here, above the 65,504 of fp16; the scaled one is not. SDPA sees to it by itself."""
+    model, x = load(folder, "model"), torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.nn.functional.group_norm(x, 4)           # every row: mean 0, variance 1
+    told = {"CrossAttention": [x.half()], "MaskedAttention": [(x.half(), torch.ones(1, 4, dtype=torch.bool))]}
+    for name, arguments in (("Attention", (64, 1)), ("CrossAttention", (64, 64, 1, 64)),
+                            ("MaskedAttention", (64, 64, 1, 64))):
+        if not hasattr(model, name):
+            continue
+        layer = getattr(model, name)(*arguments).half()
+        for key, weight in layer.named_parameters():
+            if key.partition(".")[0] in ("qkv", "q", "k") and weight.dim() == 2:
+                weight.data.copy_(60 * torch.eye(64).repeat(len(weight) // 64, 1))
+        image = name == "Attention" and hasattr(layer, "norm")                          # lesson 05's
+        out = layer(x.half().mT[..., None] if image else x.half(), *told.get(name, []))
+        assert out.isfinite().all(), name
 
 
 # ------------------------------------------------------------------ train, sample, reproduce, in one process

@@ -190,8 +190,8 @@ def test_an_unknown_key_names_the_nearest(path, argument, nearest):
     ("threads=-1", "threads must be a whole number from 0 to 1024, not -1"),
     ("seed=-1", "seed must be a whole number of at least 0 and below 9e15, not -1"),
     ("seed=99999999999999999999", "and below 9e15"),
-    ("device=tpu", "device must be auto, cpu or cuda, not 'tpu'"),
-    ("device=3", "device must be auto, cpu or cuda, not 3"),
+    ("device=tpu", "device must be auto, cpu, cuda or mps, not 'tpu'"),
+    ("device=3", "device must be auto, cpu, cuda or mps, not 3"),
     ("precision=fp8", "precision must be auto, fp32, bf16 or fp16, not 'fp8'"),
     ("gpu=maybe", "gpu must be true, false or auto, not 'maybe'"),
     ("gpu=1", "gpu must be true, false or auto, not 1"),
@@ -227,7 +227,7 @@ def test_a_bad_value_is_one_line(path, argument, part):
     ("train:\n  steps: 3  # [>=1]: x\n", "train.steps must be a list of whole numbers of at least 1, not 3"),
     ("train:\n  steps: .inf\n", "train.steps must be finite, not infinite"),
     ("sample:\n  n: 0  # >=1: x\n", "sample.n must be a whole number of at least 1, not 0"),
-    ("train:\n  device: tpu\n", "train.device must be auto, cpu or cuda, not 'tpu'"),
+    ("train:\n  device: tpu\n", "train.device must be auto, cpu, cuda or mps, not 'tpu'"),
     ("train:\n  n: 5  # >=1: x\nsmoke:\n  train:\n    n: 0\n",
      "config.yaml, section smoke: n must be a whole number of at least 1, not 0"),
     ("train:\n  steps: 3\n  lr: 4\n  steps: 5\n", "at line 4, column 3: there are two steps; correct it"),
@@ -268,7 +268,7 @@ def test_help_lists_keys_with_their_comments(path, capsys):
     text = capsys.readouterr().out
     assert "usage: python train.py key=value" in text
     for key, comment in (("steps=100", ">=1: how long"), ("lr=2e-3", ">0.0: learning rate"),
-                         ("unet.channels=32", ">=1: width"), ("device=auto", "auto|cpu|cuda: what computes"),
+                         ("unet.channels=32", ">=1: width"), ("device=auto", "auto|cpu|cuda|mps: what computes"),
                          ("unet.sigma=auto", "auto|>0.0: the largest noise"), ("quick=false", "a quick look"),
                          ("", "(in steps)")):
         assert any(line.strip().startswith(key) and line.endswith(comment) or comment in line and key in line
@@ -386,7 +386,7 @@ def test_scripts_end_with_one_line_and_exit_code_2(launch, lesson):
         ("train.py", ["stepz=3"], "did you mean steps?"),
         ("train.py", ["lr=fast"], "lr takes a number"),
         ("train.py", ["batch_size=0"], "must be a whole number of at least 1, not 0"),
-        ("train.py", ["device=tpu"], "must be auto, cpu or cuda"),
+        ("train.py", ["device=tpu"], "must be auto, cpu, cuda or mps"),
         ("train.py", ["precision=fp8"], "must be auto, fp32, bf16 or fp16"),
         ("train.py", ["beta2=.nan"], "beta2 must be finite, not nan"),
         ("train.py", ["variance=wide"], "variance must be large or small, not 'wide'"),

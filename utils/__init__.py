@@ -18,6 +18,7 @@ from .claims import (
 )
 from .config import Section
 from .data import digits, to_float, to_uint8
+from .device import device_of
 from .ema import EMA
 from .errors import UserError, cli
 from .files import atomic, read_json, update_json, write_json
@@ -29,8 +30,8 @@ from .seeds import derive
 
 __all__ = [
     "Arm", "Claim", "EMA", "Rows", "Run", "Section", "UserError", "Weights", "above", "arm_weights", "atomic", "below",
-    "classify", "cli", "code_hash", "columns", "derive", "deviation", "digits", "dots", "fid_to_test", "figure",
-    "floor", "grid", "lines", "pooled", "published", "ramp", "read_json", "report", "save_figure", "save_gif",
+    "classify", "cli", "code_hash", "columns", "derive", "deviation", "device_of", "digits", "dots", "fid_to_test",
+    "figure", "floor", "grid", "lines", "pooled", "published", "ramp", "read_json", "report", "save_figure", "save_gif",
     "save_grid", "save_npz", "save_strip", "save_weights", "saved", "score", "seeded", "show", "ticks", "to_float",
     "to_uint8", "trained", "update_json", "write_json",
 ]

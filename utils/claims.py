@@ -148,7 +148,7 @@ class Claim:
             self.run.output(plot, self, "claim.png")
         self.run.record("claim", minutes=content["minutes"], verdicts={
             letter: one["verdict"] for letter, one in self.claims.items()}, **plain(record))
-        if headline and self.cfg.publish and self.run.device.type == "cpu":
+        if headline and self.cfg.publish and self.run.compute.type == "cpu":
             with update_json(self.run.lesson / "results" / "results.json") as results:
                 results["headline"] = headline
         return content

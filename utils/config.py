@@ -35,7 +35,7 @@ OVERLAYS = ("gpu", "quick", "smoke")                   # sections of changes, la
 # Keys of every script with their values and comments; they need not stand in config.yaml.
 COMMON = {
     "seed": (0, ">=0 <9e15: seed of everything random"),
-    "device": ("auto", "auto|cpu|cuda: what computes"),
+    "device": ("auto", "auto|cpu|cuda|mps: what computes; mps is the GPU of a Mac"),
     "precision": ("auto", "auto|fp32|bf16|fp16: auto takes what this machine is fast at"),
     "threads": (0, "0..1024: CPU threads; 0: all cores"),
     "runs": ("runs", "text: the folder that new files go to"),

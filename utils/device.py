@@ -21,29 +21,69 @@ def start(device, precision):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
-        why = unused_gpu() or "no CUDA GPU was found"
-        raise UserError(f"device=cuda: {why}; leave device out to use the CPU")
-    cpu = device == "cpu" or not cuda
-    if not cpu:
+    kind = choose(device)
+    if kind == "cuda":
         check_gpus(os.environ)
-    elif device == "auto" and (why := unused_gpu()):
+    elif kind == "cpu" and device == "auto" and (why := unused_gpu()):
         warn(why)
     if precision == "auto":
-        precision = auto_precision("cpu" if cpu else "cuda")
-    if precision == "fp16" and cpu:
+        precision = auto_precision(kind)
+    if kind == "cpu" and precision == "fp16":
         raise UserError("precision=fp16 needs a GPU; use bf16 or fp32")
+    if kind == "mps" and precision != "fp32":
+        raise UserError(f"precision={precision}: on a Mac's GPU this course computes in fp32; leave precision out")
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         AcceleratorState._reset_state(True)            # one process may run several scripts (a notebook, the tests)
     # Without cpu=True, torchrun on a machine without a GPU would train separate models without a word.
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
+    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no" if precision == "fp32" else precision)
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise UserError(f"{os.environ['WORLD_SIZE']} processes were started, but {accelerator.num_processes} work "
                         "together")
     return accelerator, precision
 
 
+def choose(device="auto"):
+    """"cuda", "mps" (the GPU of a Mac, for one process alone) or "cpu": what a run's setting `device` means here."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and not several, "cpu": True}
+    kind = next(kind for kind in there if there[kind]) if device == "auto" else device
+    if not there[kind]:
+        if kind == "cuda":
+            why = unused_gpu() or "no CUDA GPU was found"
+            raise UserError(f"device=cuda: {why}; leave device out to take what there is")
+        raise UserError(f"device=mps: no GPU of a Mac was found{' that several processes can share' * several}; leave "
+                        "device out to take what there is")
+    return kind
+
+
+# ------------------------------------------------------------------ a device without float64
+def home(device):
+    """Where images, noise, schedules and solvers of a run on this device are: MPS has no float64 and only networks."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def device_of(net):
+    """The device on which a network is given its input."""
+    return home(next(net.parameters()).device)
+
+
+def put(module, device):
+    """A module on the device. With MPS that is a network alone, which is called from the CPU; a process stays there."""
+    if device.type != "mps":
+        return module.to(device)
+    if any(True for _ in module.parameters()):
+        from accelerate.utils import recursively_apply
+
+        def there(x):
+            return (x.float() if x.dtype == torch.float64 else x).to(device)
+
+        module.to(device)
+        module.register_forward_pre_hook(lambda _, *given: recursively_apply(there, given), with_kwargs=True)
+        module.register_forward_hook(lambda _, args, output: recursively_apply(torch.Tensor.cpu, output))
+    return module
+
+
+# ------------------------------------------------------------------ several processes
 # What mpirun tells each of several processes; torchrun needs none of it.
 FOREIGN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -114,15 +154,19 @@ def fast_bf16():
 
 def auto_precision(device):
     """bf16 on CPUs that have it and on GPUs from compute capability 8.0 (A100, 30xx), fp16 on older GPUs (T4)."""
-    if torch.device(device).type == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return "bf16" if fast_bf16() else "fp32"
+    return "bf16" if kind == "cpu" and fast_bf16() else "fp32"
 
 
 def device_name(device="cpu", processes=1):
-    """A short name such as "2 CPU cores (AMD EPYC)" or "Tesla T4", for so many processes like this one."""
-    if torch.device(device).type == "cuda":
+    """A name such as "2 CPU cores (AMD EPYC)", "Tesla T4" or "GPU of Apple M2", for so many processes like this one."""
+    kind = torch.device(device).type
+    if kind == "cuda":
         return torch.cuda.get_device_name(device)
+    if kind == "mps":
+        return f"GPU of {torch.backends.mps.get_name()}"
     model = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

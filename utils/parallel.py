@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
+from .device import choose
 from .errors import UserError
 
 
@@ -24,7 +25,7 @@ class Workers:
     """
 
     def __init__(self, number=0):
-        self.number = number or (1 if torch.cuda.is_available() else cores())
+        self.number = number or (cores() if choose() == "cpu" else 1)
         self._pool, self._size = None, 0
 
     def run(self, function, jobs):

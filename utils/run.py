@@ -23,7 +23,7 @@ import torch
 from . import checkpoint, files, launch
 from .config import OVERLAYS, SCRIPTS, find, load, plain, read_bounds, split
 from .data import load_images, shape_of, source_of, told
-from .device import check_processes, device_name, move, peak_memory_mb, start, wait_for
+from .device import check_processes, device_name, home, move, peak_memory_mb, put, start, wait_for
 from .errors import UserError, disk_error, mute
 from .files import atomic, lesson_name, lock, numbered, read_json, short, update_json, write_json
 from .images import PICTURES, check_finite
@@ -77,11 +77,15 @@ class Run:
         except BaseException:
             self._release()
             raise
-        self.device = self.accelerator.device
+        self.compute = self.accelerator.device         # of networks; all else is there, too, unless it is a Mac's GPU
+        self.device = home(self.compute)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)
         torch.manual_seed(self.settings.seed)          # the same on every rank: the same first weights
+        if self.device != self.compute:
+            self.say("GPU of a Mac found: networks are computed there, in fp32; schedules, noise, solvers and exact "
+                     "likelihoods on the CPU, in float64 (device=cpu turns it off)")
 
     @property
     def settings(self):
@@ -126,10 +130,10 @@ class Run:
         warnings.filterwarnings("ignore", "Grad strides do not match")     # several processes; costs nothing here
         ready = []
         for item in objects:
-            if isinstance(item, torch.nn.Module) and not any(p.requires_grad for p in item.parameters()):
-                ready.append(item.to(self.device))
-            else:
-                ready.append(self.accelerator.prepare(item))
+            module = isinstance(item, torch.nn.Module)
+            item = put(item, self.compute) if module else item
+            learns = not module or any(p.requires_grad for p in item.parameters())
+            ready.append(self.accelerator.prepare(item) if learns else item)
         if not self._prepared:
             torch.manual_seed(self.settings.seed + 1_000_003 * self.rank)
         self._prepared = True
@@ -137,8 +141,9 @@ class Run:
 
     def place(self, *modules):
         """Modules for sampling: on the device, in evaluation mode, in this run's precision."""
-        ready = tuple(self.accelerator.prepare_model(m.to(self.device).eval(), evaluation_mode=True)
-                      if any(True for _ in m.parameters()) else m.to(self.device).eval() for m in modules)
+        ready = tuple(put(m, self.compute).eval() for m in modules)
+        ready = tuple(self.accelerator.prepare_model(m, evaluation_mode=True) if any(True for _ in m.parameters())
+                      else m for m in ready)
         return ready[0] if len(ready) == 1 else ready
 
     def backward(self, loss):
@@ -276,7 +281,7 @@ class Run:
         if self._start is None:
             self._begin(data, total)
         if self._resumed and self.step <= end:         # all is loaded; noise goes on from where it was
-            checkpoint.set_random_states(self._resumed, self.device, self.rank)
+            checkpoint.set_random_states(self._resumed, self.compute, self.rank)
             self._resumed = None
         try:
             with self._signals(), progress(self.step, end, self.is_main and self.step < end) as bar:
@@ -320,7 +325,7 @@ class Run:
             write_json(self.folder / "run.json", made | {
                 "argv": self._argv, "config": plain(self.config),
                 "changed": [*made.get("changed", []), {"step": self.step, **changes}]})
-        self.say(f"training {self.name} on {device_name(self.device, self.world)}, {self.precision}, {total} steps of "
+        self.say(f"training {self.name} on {device_name(self.compute, self.world)}, {self.precision}, {total} steps of "
                  f"{data.batch_size} -> {self.folder}")
         self._start = time.perf_counter()
 
@@ -330,7 +335,7 @@ class Run:
 
     def clock(self):
         """Seconds since some moment, read when the device has done all it was given: a GPU works on after a call."""
-        wait_for(self.device)
+        wait_for(self.compute)
         return time.perf_counter()
 
     def every(self, n):
@@ -392,7 +397,7 @@ class Run:
         """Write last.pt whole, keeping the one before as previous.pt. Weights that are not finite are not saved."""
         records = self._log.read()                     # those of an unfinished line of metrics.jsonl are saved too
         states = checkpoint.states(self._tracked, self.folder, self.step)
-        random = checkpoint.random_states(self.device, self.world)
+        random = checkpoint.random_states(self.compute, self.world)
         if self.is_main:
             scaler = self.accelerator.scaler
             checkpoint.write_checkpoint(
@@ -451,7 +456,7 @@ class Run:
             "images_per_second": round(self.step * self.settings.batch_size / max(self.seconds, 1e-9)),
             "data_share": round(self._waited / max(time.perf_counter() - self._start, 1e-9), 5),
             "parameters": sum(p.numel() for p in ema.module.parameters()),
-            "peak_memory_mb": round(peak_memory_mb(self.device)),
+            "peak_memory_mb": round(peak_memory_mb(self.compute)),
             "loss": records[-1].get("loss") if records else None,
         }
         try:
@@ -465,7 +470,7 @@ class Run:
         if self.settings.publish:
             for path in [weights, *pictures]:
                 self.publish(path)
-        print(f"trained for {numbers['minutes']} minutes on {device_name(self.device, self.world)}: {weights}")
+        print(f"trained for {numbers['minutes']} minutes on {device_name(self.compute, self.world)}: {weights}")
         if failed:
             raise UserError(f"the weights are whole, the numbers of this run could not be kept: {failed}")
         return SimpleNamespace(folder=self.folder, weights=weights, records=records, **numbers)
@@ -500,12 +505,12 @@ class Run:
     def record(self, name, **numbers):
         """Write numbers with how they were made to the folder's results.json (and the published one).
 
-        Those of a GPU go by a name of their own, NAME_gpu, beside the CPU's.
+        Those of a GPU go by a name of their own, NAME_gpu (of a Mac's, NAME_mps), beside the CPU's.
         """
-        name = name if self.device.type == "cpu" else f"{name}_gpu"
+        name += {"cpu": "", "cuda": "_gpu"}.get(self.compute.type, f"_{self.compute.type}")
         entry = {**numbers, "command": " ".join([f"python {self.script}.py", *(
             a for a in self.argv if split(a)[0] not in ("publish", "runs"))]),
-                 "seed": self.settings.seed, "device": device_name(self.device, self.world), "dtype": self.precision,
+                 "seed": self.settings.seed, "device": device_name(self.compute, self.world), "dtype": self.precision,
                  "torch": torch.__version__, "script": self.script, "code": self.code}
         for folder in [self.folder] + [self.lesson / "results"] * bool(self.settings.publish):
             with update_json(folder / "results.json") as results:
@@ -526,7 +531,7 @@ class Run:
 
     def publish(self, path, name=None):
         """Copy a file of this run to results/: weights and pictures are those of a CPU, a GPU publishes numbers."""
-        if self.device.type != "cpu":
+        if self.compute.type != "cpu":
             print(f"not published: {Path(path).name}, for results/ holds what a CPU makes; of a GPU, numbers alone")
             return
         with atomic(self.lesson / "results" / (name or Path(path).name)) as temporary:

@@ -219,8 +219,8 @@ class Attention(nn.Module):
 
     def forward(self, x):                               # -> (B, C, H, W)
         h = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        q, k, v = self.qkv(h).chunk(3, dim=2)                               # (B, H W, C) each
-        weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(x.shape[1]), dim=2)                # (B, H W, H W)
+        q, k, v = self.qkv(h).chunk(3, dim=2)          # (B, H W, C) each; q / 8: q k^T may be too large for fp16
+        weights = torch.softmax(q / 8 @ k.transpose(1, 2) / (math.sqrt(x.shape[1]) / 8), dim=2)      # (B, H W, H W)
         return x + rearrange(self.out(weights @ v), "b (h w) c -> b c h w", h=x.shape[2])
 
 
@@ -264,6 +264,8 @@ class UNet(nn.Module):
         super().__init__()
         if image_size % (patch * 2 ** (len(mults) - 1)):
             raise ValueError(f"image_size={image_size} cannot be split into patches of {patch} and halved for {mults}")
+        if channels < 4 or channels % 2:
+            raise ValueError(f"channels={channels} must be even and at least 4: sines and cosines of the time")
         self.channels, self.width, self.dropout, self.groups = channels, 4 * channels, dropout, groups
         self.patch, size, c = patch, image_size // patch, channels
         self.time = nn.Sequential(linear(c, self.width), nn.SiLU(), linear(self.width, self.width))
@@ -272,14 +274,12 @@ class UNet(nn.Module):
         for i, mult in enumerate(mults):
             for _ in range(blocks):
                 self.down.append(self.level(c, channels * mult, size in attention))
-                c = channels * mult
-                skips.append(c)
+                skips.append(c := channels * mult)
             if i < len(mults) - 1:
                 self.down.append(Downsample(c))
                 skips.append(c)
                 size //= 2
-        self.middle = self.bottom(c)
-        self.up = nn.ModuleList()
+        self.middle, self.up = self.bottom(c), nn.ModuleList()
         for i, mult in reversed(list(enumerate(mults))):
             for _ in range(blocks + 1):
                 self.up.append(self.level(c + skips.pop(), channels * mult, size in attention))

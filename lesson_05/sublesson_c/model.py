@@ -89,8 +89,8 @@ class CrossAttention(nn.Module):
 
         x (B, N, C), context (B, L, D) -> (B, heads, N, L), whose sums over L are 1.
         """
-        q, k = self.split(self.q(x)), self.split(self.k(context))
-        return torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[3]), dim=3)
+        q, k = self.split(self.q(x)), self.split(self.k(context))           # q / 8: q k^T may be too large for fp16
+        return torch.softmax(q / 8 @ k.transpose(2, 3) / (math.sqrt(q.shape[3]) / 8), dim=3)
 
     def forward(self, x, context):
         """x (B, N, C), context (B, L, D) -> (B, N, C)."""

@@ -33,8 +33,8 @@ class MaskedAttention(CrossAttention):
         """
         tokens, mask = context
         q, k = self.split(self.q(x)), self.split(self.k(tokens))
-        logits = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).masked_fill(~mask[:, None, None, :], -torch.inf)
-        return torch.softmax(logits, dim=3)
+        logits = q / 8 @ k.transpose(2, 3) / (math.sqrt(q.shape[3]) / 8)    # q / 8: q k^T may be too large for fp16
+        return torch.softmax(logits.masked_fill(~mask[:, None, None, :], -torch.inf), dim=3)
 
     def forward(self, x, context):
         """x (B, N, C), context: tokens (B, L, D) and mask (B, L) -> (B, N, C)."""
