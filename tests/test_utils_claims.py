@@ -321,6 +321,14 @@ def test_two_claims_have_two_letters(small):
     assert claim.claims["b"]["verdict"] == "not exact"
 
 
+def test_keys_that_go_to_no_arm_are_refused(small):
+    file = load(small, "reproduce").__file__
+    with pytest.raises(UserError, match="^mlp.size=4: reproduce.py does not read mlp.size; leave it out$"):
+        Claim(file, ["mlp.size=4"])
+    claim = Claim(file, ["mlp.size=4", "train.lr=0.1", "n=3"], sections=("mlp",))
+    assert claim.run.config.mlp.size == 4
+
+
 def test_the_published_network_or_that_of_an_arm(small):
     reproduce = load(small, "reproduce")
     claim = Claim(reproduce.__file__, [])

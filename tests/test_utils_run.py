@@ -142,9 +142,12 @@ def test_log_takes_different_values_at_different_steps(tmp_path):
     run.close()
 
 
-def test_ramp():
+def test_ramp(capsys):
     assert [ramp(s, 2, 10) for s in (0, 1, 2, 5, 9)] == pytest.approx([0.5, 0.9, 0.8, 0.5, 0.1])
-    assert ramp(0, 0, 10) == 1
+    assert ramp(0, 0, 10) == 1 and ramp(3, 10, 10) and not capsys.readouterr().err
+    assert [ramp(step, 20, 10) for step in (3, 4)] == [0.2 * 0.7, 0.25 * 0.6]
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: warmup=20 is longer than the 10 steps: the learning rate never comes to its value"]
 
 
 # ------------------------------------------------------------------ weights before bookkeeping
@@ -1221,6 +1224,7 @@ def test_trained_reuses_resumes_and_retrains(straight, tmp_path, monkeypatch):
         arm()
     path = arm()                                       # resumed
     assert "--resume" in calls[-1] and outcome(path.parent) == straight.outcome
+    assert not list(path.parent.glob("*.pt"))          # nobody goes on with it
     assert arm() == path and len(calls) == 2           # reused
     other = arm("lr=0.003")                             # another value: trained anew
     assert other.parent.name == "002" and len(calls) == 3 and arm("lr=0.003") == other and len(calls) == 3

@@ -459,13 +459,13 @@ LOWER = "out of memory: lower batch_size=8 or unet.channels=9"
 
 
 @pytest.mark.parametrize("error, part", [
-    (RuntimeError(CPU), "out of memory (3 GiB at once): lower batch_size=8 or unet.channels=9"),
+    (RuntimeError(CPU), "out of memory (3.0 GiB at once): lower batch_size=8 or unet.channels=9"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), LOWER),
     (RuntimeError("Storage size calculation overflowed with sizes=[4, 999]"), LOWER), (MemoryError(), LOWER),
     (OSError(24, "Too many open files"), "too many files are open; lower workers, or raise that limit (ulimit -n)"),
     (OSError(12, "Cannot allocate memory"), "out of memory; lower batch, batch_size, n or workers")])
 def test_want_of_memory_names_the_keys_to_lower(capsys, tmp_path, error, part):
-    argv = [f"runs={tmp_path}", "device=cpu", "batch_size=8", "unet.channels=9"]
+    argv = [f"runs={tmp_path}", "device=cpu", "steps=99", "batch_size=8", "unet.channels=9"]
 
     def main():
         run = Run(ROOT / "lesson_05" / "train.py", argv)
@@ -475,7 +475,7 @@ def test_want_of_memory_names_the_keys_to_lower(capsys, tmp_path, error, part):
 
 
 def test_memory_that_is_not_there(capsys):
-    assert "out of memory (9.31e+05 GiB at once): lower the batch" in said(capsys, lambda: torch.empty(25 * 10**13))
+    assert "out of memory (931322.6 GiB at once): lower the batch" in said(capsys, lambda: torch.empty(25 * 10**13))
 
 
 def test_a_config_yaml_that_lacks_a_key_or_has_one_too_many_is_one_line(capsys, launch, lesson):

@@ -89,6 +89,8 @@ def explain(error):
         return error
     if isinstance(error, OSError):
         return disk_error(error)
+    if type(error).__name__ == "SafetensorError":
+        return f"a weights file cannot be read ({error}): choose another one, or train again"
     frames = [(frame, line, Path(frame.f_code.co_filename).name)
               for frame, line in traceback.walk_tb(error.__traceback__)]
     for kind in (_foreign, _partner, _memory, _config, _refused, _given):
@@ -130,13 +132,14 @@ def _partner(error, frames):
 
 
 def _memory(error, frames):
-    """The line about memory that is not there."""
+    """The line about memory that is not there. It names what is large."""
     if isinstance(error, MemoryError) or isinstance(error, _MISMADE) and _NO_MEMORY.search(str(error)):
         run, asked = _run(frames), re.search(r"allocate (\d+) bytes", str(error))
         sizes = [f"{key}={run.settings[key]}" for key in ("batch_size", "batch", "n", "workers")
                  if run and key in run.settings.keys()]
-        lower = " or ".join(dict.fromkeys([*_typed(run), *sizes])) or "the batch or the number of images"
-        return f"out of memory{f' ({int(asked[1]) / 2**30:.3g} GiB at once)' if asked else ''}: lower {lower}"
+        given = [a for a in _typed(run) if re.search(r"=\W*\d", a) and not re.match(r"-*(\w+\.)?(steps|\w+_every)=", a)]
+        lower = " or ".join(dict.fromkeys([*given, *sizes])) or "the batch or the number of images"
+        return f"out of memory{f' ({int(asked[1]) / 2**30:.1f} GiB at once)' if asked else ''}: lower {lower}"
 
 
 def _config(error, frames):

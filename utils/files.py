@@ -69,14 +69,15 @@ def _sync_folder(folder):
     except OSError as error:
         if error.errno not in CANNOT:
             raise
-        _warn_once(f"the disk of {folder} cannot flush a folder ({error.strerror}): files are written whole, but the "
+        warn_once(f"the disk of {folder} cannot flush a folder ({error.strerror}): files are written whole, but the "
                    "last ones may be lost if the power fails")
     finally:
         os.close(number)
 
 
 @functools.cache
-def _warn_once(text):
+def warn_once(text):
+    """Print a warning, and never again in this process."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -186,7 +187,7 @@ def lock(path, wait=True):
     except (NotImplementedError, OSError) as error:    # filelock's word for ENOSYS is NotImplementedError
         if isinstance(error, OSError) and error.errno not in CANNOT:
             raise
-        _warn_once(f"the disk of {path.parent} knows no locks: do not start the same run twice")
+        warn_once(f"the disk of {path.parent} knows no locks: do not start the same run twice")
         yield True
         return
     try:

@@ -608,4 +608,6 @@ def trained(train, folder, argv, lesson):
 
 def ramp(step, warmup, steps):
     """The learning rate's course as a factor: up from 0 in `warmup` steps, then down to 0 in a straight line."""
+    if warmup > steps:
+        files.warn_once(f"warmup={warmup} is longer than the {steps} steps: the learning rate never comes to its value")
     return min((step + 1) / max(warmup, 1), 1.0) * (1 - step / steps)
