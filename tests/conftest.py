@@ -4,6 +4,8 @@
     def test_x(launch):                launch(script, *argv) runs a script in a process of its own
 """
 
+import functools
+import gc
 import importlib.util
 import json
 import os
@@ -15,11 +17,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("earlier", "model", "train", "sample", "reproduce")
-torch.set_num_threads(1)
 _loaded = {}                                           # lesson folder -> its modules
 
 # An editable install may stand in another clone: the tests of this one must not test its `utils`.
@@ -46,8 +46,20 @@ def group(nodeid):
     return "lesson " + "".join(match.groups()) if match else file
 
 
+def pytest_collectstart():
+    """What is imported now stays: to look through it for garbage, again and again, would take a tenth of the time."""
+    gc.disable()
+
+
 def pytest_collection_modifyitems(items):
     """Groups stay together in the order of the run: first the longest, then the lessons, then what is short."""
+    import torch  # not at the top: the process that hands out the groups needs none of it
+
+    torch.set_num_threads(1)
+    spare_time()
+    gc.freeze()
+    gc.enable()
+
     def place(item):
         name = group(item.nodeid)
         return name != "processes", not name.startswith("lesson"), name
@@ -58,9 +70,7 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """One process a core, of one thread; four hold as much memory as a laptop can spare."""
-    from utils.parallel import cores
-
-    return min(4, cores())
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -73,6 +83,48 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False
     return Groups(config, log)
+
+
+# ------------------------------------------------------------------ what costs time, and few tests look at
+def spare_time():
+    """MNIST's files stay in memory, for to read them is a fifth of a tiny training; figures are drawn coarsely."""
+    from matplotlib.figure import Figure
+
+    import utils.data
+
+    utils.data.read_idx = functools.cache(utils.data.read_idx)
+    Figure.savefig, Figure.savefig_finely = draw_coarsely, Figure.savefig
+
+
+def draw_coarsely(figure, file, **_):
+    """Figure.savefig in a tenth of the time: every line and word of ours is drawn, once, in few pixels and as they lie.
+
+    Only ticks are left out that matplotlib has chosen.
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.ticker import FixedLocator, NullLocator
+    from PIL import Image
+
+    figure.set_layout_engine("none")
+    figure.set_dpi(40)
+    for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
+        axis.set_minor_locator(NullLocator())
+        if not isinstance(axis.get_major_locator(), FixedLocator):
+            axis.set_major_locator(NullLocator())
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).save(file, "PNG")
+
+
+@pytest.fixture(scope="module")
+def fine():
+    """In this file figures are as a reader has them."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", Figure.savefig_finely)
+        yield
 
 
 # ------------------------------------------------------------------ modules of lessons
@@ -183,21 +235,33 @@ def lesson(tmp_path):
 
 def serve():
     """The server's side: one JSON request a line; answers with a process id or an exit code."""
+    gc.disable()
+    import io
     import runpy
 
     import accelerate  # noqa: F401
     import IPython.core.interactiveshell  # noqa: F401   for the cells of notebooks
     import matplotlib.backends.backend_agg  # noqa: F401
-    import matplotlib.figure  # noqa: F401
+    import nbformat.v4  # noqa: F401
     import safetensors.torch  # noqa: F401
+    import torch
     import torch._dynamo  # noqa: F401                   the first optimizer of a process imports it
     import torchdiffeq  # noqa: F401
+    from matplotlib.figure import Figure
 
-    from utils.downloads import mnist_folder
+    from utils import digits
 
+    torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")                # whatever else is printed goes to stderr
     os.dup2(2, 1)
-    mnist_folder()                                     # its checksums are verified once for all
+    spare_time()
+    figure = Figure()
+    figure.subplots().loglog()
+    figure.savefig(io.BytesIO())                       # fonts and the signs of an axis are read once for all
+    for split in ("train", "test"):                    # and MNIST, its checksums verified
+        digits(split)
+    gc.freeze()
+    gc.enable()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -223,8 +287,8 @@ def serve():
                 sys.stderr.flush()
                 os._exit(code)
         print(json.dumps(answer), file=answers, flush=True)
+    os._exit(0)                                        # at once: tidying up takes longer than starting a script
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     serve()

@@ -37,7 +37,7 @@ def test_the_published_rows_give_the_published_verdicts(tmp_path):
     for task in reproduce.POSTERIORS:
         ours, other = (claim.rows.values(key, task=task) for key in ("mean_of_samples", "baseline"))
         assert all(a > b for a, b in zip(ours, other)) and above(ours, other) is (task == "denoising")
-    assert reproduce.plot(claim, tmp_path / "claim.png").stat().st_size > 10_000
+    assert reproduce.plot(claim, tmp_path / "claim.png").stat().st_size > 5_000
 
 
 # ------------------------------------------------------------------ what is measured

@@ -62,5 +62,5 @@ def test_the_published_rows_give_the_published_verdicts(tmp_path):
     parts = reproduce.trade(sweep)
     assert [key for key, part in parts.items() if part["monotonic"] and part["clear"]] == ["accuracy", "recall"]
     assert reproduce.grows(free, "outside")
-    assert reproduce.plot(claim, tmp_path / "claim.png").stat().st_size > 10_000
-    assert reproduce.plot_difference(claim, tmp_path / "difference.png").stat().st_size > 5_000
+    assert reproduce.plot(claim, tmp_path / "claim.png").stat().st_size > 5_000
+    assert reproduce.plot_difference(claim, tmp_path / "difference.png").stat().st_size > 3_000

@@ -29,6 +29,13 @@ def test_scripts_take_utils_from_this_checkout(launch, tmp_path):
     assert Path(file).is_relative_to(ROOT / "utils") and path.split(os.pathsep)[0] == str(ROOT)
 
 
+def test_the_process_that_hands_out_the_groups_has_no_torch():
+    code = "import sys, conftest; print(conftest.pytest_xdist_auto_num_workers(), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests")
+    number, torch = done.stdout.split()
+    assert 1 <= int(number) <= 4 and torch == "False", done.stderr
+
+
 def made_up(folder, text):
     folder.mkdir()
     (folder / "earlier.py").write_text(f"WHO = {text!r}\n")

@@ -47,7 +47,7 @@ def test_data_have_mean_0_and_std_sigma_data():
     assert abs(y.mean().item()) < 1e-3 and y.std().item() == pytest.approx(0.5, abs=1e-3)
     assert y.square().mean().sqrt().item() == pytest.approx(0.5, abs=1e-3)       # what the identity of the loss needs
     assert x0.square().mean().sqrt().item() == pytest.approx(0.962, abs=1e-3)    # what [-1, 1] would give it
-    assert torch.allclose(EDM().to_image(y), x0, atol=1e-6)
+    assert torch.allclose(EDM().to_image(y[:5000]), x0[:5000], atol=1e-6)
 
 
 def test_sampler_returns_images_in_minus_1_to_1():

@@ -19,14 +19,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
 
 from conftest import load
 from tools import frontpage, lineage, notebook, pages
-from utils import UserError, Weights
+from utils import UserError, Weights, cli, images
 from utils.config import OVERLAYS
 from utils.files import lesson_name
 
@@ -307,16 +305,20 @@ def test_help(folder, script, capsys):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_unknown_key(folder, script, launch, tmp_path):
-    main = load(folder, script).main
+def test_unknown_key(folder, script, tmp_path, capsys):
+    module = load(folder, script)
     with pytest.raises(UserError, match="no_such_key"):
-        main(["no_such_key=1", f"runs={tmp_path}"])
+        module.main(["no_such_key=1", f"runs={tmp_path}"])
     with pytest.raises(UserError, match="seed"):
-        main(["sead=1", f"runs={tmp_path}"])
+        module.main(["sead=1", f"runs={tmp_path}"])
     with pytest.raises(UserError, match="seed takes a whole number"):
-        main(["seed=soon", f"runs={tmp_path}"])
-    assert "no_such_key" in launch(f"{folder.relative_to(ROOT)}/{script}.py", "no_such_key=1").error()
-    assert list(tmp_path.glob("[!p]*")) == []          # refused before a run began
+        module.main(["seed=soon", f"runs={tmp_path}"])
+    with pytest.raises(SystemExit) as stop:            # as the last lines of every script have it
+        module.cli(lambda: module.main(["no_such_key=1", f"runs={tmp_path}"]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and re.fullmatch(r"error: .*no_such_key.*\n", error) and module.cli is cli
+    assert text(folder, f"{script}.py").endswith('\n\n\nif __name__ == "__main__":\n    cli(main)\n')
+    assert list(tmp_path.iterdir()) == []              # refused before a run began
 
 
 def test_sampling_does_not_import_the_training(folder):
@@ -382,6 +384,45 @@ def test_what_an_address_is(doc, plain, named):
     module = ast.parse(f"def f():\n    \"\"\"{doc}\"\"\"\ndef _g(): pass\nclass _C:\n    def m(self): pass\n")
     assert without_address(module, False) == ([] if plain else ["f"])
     assert without_address(module, True) == ([] if named else ["f"])
+
+
+def not_met(module, met=()):
+    """["line: name"] of what a reader of a model.py meets before it is defined. met: methods of earlier.py.
+
+    Names of the file, and methods of another class of the file. A class is read as a whole: `self.x` may stand above
+    `def x`. Two definitions that need each other have no order. A name that is local there is another one.
+    """
+    uses, place = [], {name: -1 for name in met}
+    for i, node in enumerate(module.body):
+        parts, definition = list(ast.walk(node)), isinstance(node, ast.FunctionDef | ast.ClassDef)
+        stored = {part.id for part in parts if isinstance(part, ast.Name) and not isinstance(part.ctx, ast.Load)}
+        local = {part.arg for part in parts if isinstance(part, ast.arg)} | (stored if definition else set())
+        methods = {part.name for part in parts if isinstance(part, ast.FunctionDef) and part is not node}
+        for name in {node.name, *methods} if definition else stored:
+            place.setdefault(name, i)
+        uses.append({(part.id if isinstance(part, ast.Name) else part.attr): part.lineno for part in parts
+                     if isinstance(part, ast.Name) and part.id not in local
+                     or isinstance(part, ast.Attribute) and not ast.unparse(part.value).startswith(("self", "super"))})
+    return [f"{line}: {name}" for i, seen in enumerate(uses) for name, line in seen.items()
+            if (j := place.get(name, -1)) > i and not any(place.get(back) == i for back in uses[j])]
+
+
+def test_a_name_is_used_after_the_reader_has_met_it(folder):
+    earlier = ast.parse(text(folder, "earlier.py")) if (folder / "earlier.py").exists() else ast.Module([])
+    known = {node.name for node in ast.walk(earlier) if isinstance(node, ast.FunctionDef)}
+    assert not_met(tree(folder, "model.py"), known) == []
+
+
+@pytest.mark.parametrize("source, found", [
+    ("def f(): return g()\ndef g(): pass", ["1: g"]), ("def g(): pass\ndef f(): return g()", []),
+    ("class A:\n    x = [WIDTH]\nWIDTH = 3", ["2: WIDTH"]), ("def f(x: Net): pass\nclass Net: pass", ["1: Net"]),
+    ("def f(net): return net.body(0)\nclass Net:\n    def body(self, x): pass", ["1: body"]),
+    ("class Net:\n    def __init__(self): self.body()\n    def body(self): super().body()", []),
+    ("def f(n): return g(n - 1)\ndef g(n): return f(n - 1)", []), ("def f(g): return g()\ndef g(): pass", []),
+    ("def f():\n    \"\"\"What g is for.\"\"\"\ndef g(): pass", []), ("def f(x): return x.known()\nknown = 3", []),
+])
+def test_what_is_not_met(source, found):
+    assert not_met(ast.parse(source), {"known"}) == found
 
 
 def public(module, methods=False):
@@ -488,34 +529,29 @@ def snapshot(folder):
     return seen, status
 
 
-def draw_coarsely(figure, file, **_):
-    """Figure.savefig in a third of the time: every label and line is drawn, once, without a layout, in few pixels."""
-    figure.set_layout_engine("none")
-    figure.set_dpi(40)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).save(file, "PNG")
-
-
 @pytest.fixture(scope="module")
 def chain(folder, tmp_path_factory):
     """train -> sample -> reproduce in smoke size, one after the other, into a folder of their own."""
     runs, before = tmp_path_factory.mktemp("runs"), snapshot(folder)
     keys = ["smoke=true", *LOCAL, f"runs={runs}"]
-    calls, patch = [], pytest.MonkeyPatch()
-    patch.setattr(Figure, "savefig", draw_coarsely)
+    calls, drawn, write, patch = [], set(), images._write, pytest.MonkeyPatch()
     hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda net, _: note(net))
 
     def note(net):                                     # a network that learns is called: is all of it in training mode?
         if torch.is_grad_enabled() and any(p.requires_grad for p in net.parameters()):
             calls.append((net, all(part.training for part in net.modules())))
 
+    def once(path, save):                              # an arm's pictures are those that train.py has drawn
+        if path.name not in drawn:
+            write(path, save)
+        return drawn.add(path.name) or path
+
+    patch.setattr(images, "_write", once)
     try:
         trained = load(folder, "train").main(keys)
         hook.remove()
         sampled = load(folder, "sample").main([*keys, "n=100", "out=mine.png", "gif=way.gif", "npz=array.npz",
-                                                 "metrics=true"])
-        patch.setattr("utils.images.save_losses", lambda records, path: path)          # train.py has drawn its own
+                                               "metrics=true"])
         claim = load(folder, "reproduce").main(keys)
     finally:
         hook.remove()

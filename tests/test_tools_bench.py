@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import SCRIPTS
+from conftest import SCRIPTS, Process
 from tools import bench, scaling
 from utils import UserError, cli
 
@@ -36,11 +36,23 @@ def out(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def measured(apart, out):
-    """One benchmark in smoke size, publish=true included: smoke numbers must not be published."""
+def measured(apart, out, server, fine):
+    """One benchmark in smoke size, publish=true included: smoke numbers must not be published.
+
+    The process of its own, in which memory is measured, comes from conftest's server: it has torch already.
+    """
     results = ROOT / "lesson_05" / "results"
     before = {p: p.stat().st_mtime_ns for p in results.glob("*")}
-    made = bench.main(["lesson_05", "smoke=true", "publish=true", f"runs={out}"])
+
+    def run(command, cwd, **_):
+        python, script, *argv = map(str, command)
+        assert python == sys.executable and cwd == Path(script).parent
+        assert Process(server, {"script": script, "argv": argv, "before": "", "out": f"{out}/out",
+                                "err": f"{out}/err"}).wait() == 0, (out / "err").read_text()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.subprocess, "run", run)
+        made = bench.main(["lesson_05", "smoke=true", "publish=true", f"runs={out}"])
     assert {p: p.stat().st_mtime_ns for p in results.glob("bench.*")} == {
         p: t for p, t in before.items() if p.name.startswith("bench.")}
     return made
@@ -145,7 +157,7 @@ def test_plot(measured, out, monkeypatch):
 def test_other_package(name):
     """Where it is installed: it trains through both budgets, and its samples and scores are what they should be."""
     pytest.importorskip(name.replace("-", "_"))
-    o = options(budgets=[1e-6, 0.2])
+    o = options(budgets=[1e-6, 0.2], n=20)
     state = torch.is_autocast_enabled("cpu")
     first, second = bench.other_rows(name, o)
     assert torch.is_autocast_enabled("cpu") == state and torch.is_grad_enabled()

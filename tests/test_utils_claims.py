@@ -402,7 +402,14 @@ def test_claims_are_plain_json(tmp_path):
 
 
 # ------------------------------------------------------------------ processes
-def test_workers_are_kept_for_the_next_work_and_ended_by_an_error():
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers begin as copies of this process, which has torch. How they really begin: the tests with `launch`."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: {"spawn": context}[kind])
+
+
+def test_workers_are_kept_for_the_next_work_and_ended_by_an_error(forked):
     workers = Workers(2)
     assert list(Workers(1).run(os.getpid, [()] * 2)) == [os.getpid()] * 2 == list(workers.run(os.getpid, [()])) * 2
     first = set(workers.run(os.getpid, [()] * 8))
@@ -415,7 +422,7 @@ def test_workers_are_kept_for_the_next_work_and_ended_by_an_error():
     assert not multiprocessing.active_children()
 
 
-def test_a_worker_that_is_killed_ends_the_work_with_one_line():
+def test_a_worker_that_is_killed_ends_the_work_with_one_line(forked):
     workers = Workers(2)
     with pytest.raises(UserError, match="ended from outside.*workers=1"):
         list(workers.run(_die, [(i,) for i in range(4)]))

@@ -70,13 +70,23 @@ def no_curves(straight, monkeypatch):
     monkeypatch.setattr("utils.images.save_losses", lambda records, path: path)
 
 
-@pytest.fixture
-def cut(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
     """The folder of runs in which one was interrupted after step 9: last.pt at 9, previous.pt at 8."""
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    runs = tmp_path_factory.mktemp("interrupted") / "runs"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 9)
-        train.main(tiny(tmp_path / "runs"))
-    return tmp_path / "runs"
+        train.main(tiny(runs))
+    return runs
+
+
+@pytest.fixture
+def cut(interrupted, tmp_path):
+    """A copy of that folder, as if the run had begun in it."""
+    runs = shutil.copytree(interrupted, tmp_path / "runs")
+    made = run_folder(runs) / "run.json"
+    made.write_text(made.read_text().replace(str(interrupted), str(runs)))
+    return runs
 
 
 def refused(*argv):
@@ -1179,9 +1189,10 @@ def test_two_processes_train_one_model(launch, tmp_path):
     # to one of them, resumed by both.
     script, argv = tmp_path / "worker.py", tiny(tmp_path / "runs")
     script.write_text(WORKER.replace("LESSON", repr(str(ROOT / "lesson_05"))).replace("OUT", repr(str(tmp_path))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run([*command, *argv], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "torchrun.py").write_text("from torch.distributed.run import main\nmain()\n")
+    done = launch(tmp_path / "torchrun.py", "--standalone", "--nproc_per_node", 2,         # its processes begin as
+                  "--start_method", "fork", "--run-path", script, *argv)                   # copies that have torch
+    assert done.wait() == 0, done.err
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     folder = run_folder(tmp_path / "runs")
     for rank in ranks:

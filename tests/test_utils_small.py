@@ -219,7 +219,7 @@ def test_arrays_in_the_evaluation_format(tmp_path):
 
 
 @pytest.mark.parametrize("losses", [[1.0], [1.0, 0.5, 0.25], [0.5, -0.5] * 30])
-def test_loss_curves(tmp_path, losses):
+def test_loss_curves(tmp_path, fine, losses):
     records = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(losses)]
     with Image.open(pictures.save_losses(records, tmp_path / "loss.png")) as picture:
         assert picture.size == (550, 352)
