@@ -295,6 +295,9 @@ def test_help_lists_keys_with_their_comments(path, capsys):
     ("[text]", "a list of texts", [[], ["a", ""]], ["a", [1], [["a"]]]),
     (">=1 if a=b|c or d", "a whole number of at least 1", [1], [0]),
     ("text unless a=-1.5", "text", ["x"], [1]),
+    ("[>=1]2", "a list of 2 whole numbers of at least 1", [[1, 2]], [[], [1], [1, 2, 3], [1, 0]]),
+    ("[any]2+ if a", "a list of 2 or more numbers", [[1, 2], [0.5] * 9], [[], [1], ["a", "b"]]),
+    ("[text]1+", "a list of 1 or more texts", [["a"]], [[], "a"]),
     ("[x|y]", "a list of x or y", [[], ["y", "x"]], ["x", ["z"]])])
 def test_the_notation_of_bounds(text, words, inside, outside):
     bound, rest = bounds.split(f"{text}: what: it is")
@@ -305,7 +308,7 @@ def test_the_notation_of_bounds(text, words, inside, outside):
 
 @pytest.mark.parametrize("comment", [
     "images", "", "0: none", "auto: all", '"": your newest', "seed, of everything", "a | b: c", ">=: x", ">=1", ">=1 x",
-    ">=1 if: x", ">=1 when a: x", "texts: x", "text if (a): x", "0.0..: x", "x [>=1]: y",
+    ">=1 if: x", ">=1 when a: x", "texts: x", "text if (a): x", "0.0..: x", "x [>=1]: y", "[>=1]+: x", ">=1 2: x",
     "[]: x", "any", "vp|: x", "(>=1): x", "1: none; >=1: x"])
 def test_other_comments_are_no_bounds(comment):
     assert bounds.split(comment) == (None, comment)

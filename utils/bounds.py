@@ -9,19 +9,20 @@ _NUMBERS = rf"any|{_NUMBER}\.\.{_NUMBER}|{_LIMIT}(?: {_LIMIT})*"
 _CHOICE = rf'(?:{_NUMBERS}|""|[\w-]+)'
 _CONDITION = r"(?: (?:if|unless) [\w=|. -]+)?"
 _BOUND = re.compile(
-    rf"({_NUMBERS}|text|{_CHOICE}(?:\|{_CHOICE})+|\[{_CHOICE}(?:\|{_CHOICE})*\])({_CONDITION}): ")
+    rf"({_NUMBERS}|text|{_CHOICE}(?:\|{_CHOICE})+|\[{_CHOICE}(?:\|{_CHOICE})*\](?:\d+\+?)?)({_CONDITION}): ")
 _SIGNS = {">=": (operator.ge, "of at least"), ">": (operator.gt, "above"),
           "<=": (operator.le, "of at most"), "<": (operator.lt, "below")}
 
 
 class Bound:
-    """One bound: `>=1`, `0.0..1.0`, `vp|subvp|ve`, `[>=1]`, `text`. `.real`: its numbers need not be whole.
+    """One bound: `>=1`, `0.0..1.0`, `vp|subvp|ve`, `[>=1]2+`, `text`. `.real`: its numbers need not be whole.
 
     condition: ` if solver=dopri5` or ` unless labels=none`: when the value has an effect; see `idle`.
     """
 
     def __init__(self, text, condition=""):
-        self.is_list, choices, self.condition = text.startswith("["), text.strip("[]").split("|"), condition.strip()
+        text, _, self.length = text.partition("]")     # of a list: "2", or "2+" for at least two
+        self.is_list, choices, self.condition = text.startswith("["), text.strip("[").split("|"), condition.strip()
         self.is_text = choices == ["text"]
         self.numbers = [choice for choice in choices if re.fullmatch(_NUMBERS, choice)]
         self.words = [choice.strip('"') for choice in choices if choice not in self.numbers]
@@ -31,8 +32,12 @@ class Bound:
     def holds(self, value):
         """Whether a value is within the bound; of a list: every item."""
         if self.is_list:
-            return isinstance(value, list) and all(map(self._holds, value))
+            return isinstance(value, list) and self._fits(len(value)) and all(map(self._holds, value))
         return self._holds(value)
+
+    def _fits(self, number):
+        least = int(self.length.strip("+") or 0)
+        return number >= least if not self.length or "+" in self.length else number == least
 
     def _holds(self, value):
         if self.is_text:
@@ -54,8 +59,9 @@ class Bound:
 
     def __str__(self):
         """The bound in words, as in "must be ..."."""
+        many = f"a list of {self.length.replace('+', ' or more')} ".replace("  ", " ")
         if self.is_text:
-            return "a list of texts" if self.is_list else "text"
+            return f"{many}texts" if self.is_list else "text"
         kind = "number" if self.real else "whole number"
         kind = f"{kind}s" if self.is_list else f"a {kind}"
         texts = [word or '""' for word in self.words]
@@ -64,7 +70,7 @@ class Bound:
             limits = "from " + choice.replace("..", " to ") if ".." in choice else limits
             texts.append(f"{kind} {limits}".strip())
         text = " or ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
-        return f"a list of {text}" if self.is_list else text
+        return many + text if self.is_list else text
 
 
 def split(comment):

@@ -9,7 +9,7 @@ A comment may begin with the bound of its value, which every value is held to, w
     low: -20.0        # any: lowest log-SNR              any number
     kind: vp          # vp|subvp|ve: the process         one of these words; "" is the empty one
     sigma_1: auto     # auto|>0.0: the largest noise     a word or a number
-    mults: [1, 2]     # [>=1]: of each level             a list of such
+    mults: [1, 2]     # [>=1]: of each level             a list of such; [>=1]2 of two, [>=1]2+ of two or more
     prompt: ""        # text: what to draw               any text
     clip: true        # true|false: whether to clip      on or off
 
