@@ -73,10 +73,8 @@ def denoising(chain, net, n, steps, generator, shape=(1, 28, 28), frames=30):
 # Adapted from lesson_01/sample.py: picture -- and bits
 def picture(x, size=140, reach=2.6):
     """Images as they are, the first 64; bits (N, D) as rows of one image; points (N, 2) as pixels of one image."""
-    if x.ndim == 4:
-        return x[:64].cpu()
-    if x.shape[1] > 2:
-        return 2 * x[None, None, :64].cpu() - 1
+    if x.ndim == 4 or x.shape[1] > 2:
+        return x[:64].cpu() if x.ndim == 4 else 2 * x[None, None, :64].cpu() - 1
     column, row = ((x.cpu() / reach + 1) * size / 2).long().clamp(0, size - 1).T
     canvas = -torch.ones(1, 1, size, size)
     canvas[0, 0, size - 1 - row, column] = 1.0

@@ -275,7 +275,7 @@ def test_network_is_lesson_05s_at_the_start():
 def test_training_starts_as_lesson_05s_published_network(network):
     weights = Weights(ROOT / "lesson_05" / "results" / "weights.safetensors", "lesson_05")
     theirs = weights.load(parent.UNet(**weights.config["unet"])).eval()
-    shape = parse((ROOT / LESSON / "config.yaml").read_text())["unet"]
+    shape = parse((ROOT / LESSON / "config.yaml").read_text())["unet"] | {"classes": 10}
     ours = network(**shape).eval()
     load(LESSON, "train").begin_with(ours, weights.path)
     x, t = torch.randn(2, 1, 28, 28), times(3, 900)
@@ -340,7 +340,7 @@ def test_labels_are_read():
     assert sample.wanted("7", 3, 10).tolist() == [7, 7, 7] and sample.wanted("3,1", 3, 10).tolist() == [3, 1, 3]
     assert sample.wanted("none", 2, 10).tolist() == [10, 10]
     for wrong in ("10", "-1", "x", "3,", "3;1", "1.5"):
-        with pytest.raises(UserError, match="digits from 0 to 9"):
+        with pytest.raises(UserError, match="classes from 0 to 9"):
             sample.wanted(wrong, 3, 10)
 
 

@@ -271,7 +271,7 @@ def test_training_starts_with_lesson_05s_convolutions(network):
     theirs = weights.load(origin.UNet(**weights.config["unet"])).eval()
     theirs.middle[1].out.weight.data.zero_()                                    # its self-attention is left behind
     theirs.middle[1].out.bias.data.zero_()
-    shape = parse((ROOT / LESSON / "config.yaml").read_text())["unet"]
+    shape = parse((ROOT / LESSON / "config.yaml").read_text())["unet"] | {"classes": 10}
     ours = network(**shape).eval()
     load(LESSON, "train").begin_with(ours, weights.path)
     x, t = torch.randn(2, 1, 28, 28), times(3, 900)

@@ -318,7 +318,7 @@ def test_what_only_mnist_has_is_refused_before_sampling(trained, monkeypatch, ca
                          "these weights draw my images/ of 20 x 20: leave metrics out"),
                         ("publish=true", "publish=true is for what a lesson says of MNIST, and this is my images/")):
         with pytest.raises(UserError) as info:
-            load("lesson_05", "sample").main([*keys, wrong])
+            load("lesson_05", "sample").main([*keys, "n=100", wrong])
         assert str(info.value).startswith(line)
     with pytest.raises(UserError, match="publish=true is for what a lesson says of MNIST"):
         load("lesson_05", "train").main([*trained.argv, "publish=true"])

@@ -768,7 +768,8 @@ def loads(tree):
         if name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.jit.load", "joblib.load", "dill.load",
                     "marshal.loads", "yaml.unsafe_load", "yaml.full_load", "shelve.open", "torch.hub.load"):
             yield node.lineno, name
-        if name == "yaml.load" and ast.unparse(node.args[-1]) not in ("_Loader", "yaml.SafeLoader"):
+        if name == "yaml.load" and ast.unparse(node.args[-1]) not in (
+                "_Loader", "yaml.SafeLoader", "getattr(yaml, 'CSafeLoader', yaml.SafeLoader)"):
             yield node.lineno, name
         if given.get("allow_pickle", "False") != "False":
             yield node.lineno, name

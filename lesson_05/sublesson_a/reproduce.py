@@ -67,7 +67,7 @@ def forgotten(rows, first, last):
 
 
 # ------------------------------------------------------------------ the arms
-def careless(run, ddpm, net, ema):
+def careless(run, ddpm, net, ema, shape):
     """The mistake of other code, without its pictures: evaluation mode for the preview, and nobody calls train()."""
     net.eval()
 

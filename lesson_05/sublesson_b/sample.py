@@ -35,13 +35,11 @@ def main(argv=None):
     x = torch.cat([way(a, b, [0.5], seed=i)[0] for i, (a, b) in batches])
     seconds, calls = run.clock() - start, len(ddpm.times(t, steps)) - 1
     print(f"{cfg.n} pairs mixed at t = {t}, {calls} network calls each, in {seconds:.1f} s")
-    few = strip(x0[:8], y0[:8], way(x0[:8], y0[:8], [i / 8 for i in range(9)]))
-    run.output(save_strip, few, cfg.out)
+    run.output(save_strip, strip(x0[:8], y0[:8], way(x0[:8], y0[:8], [i / 8 for i in range(9)])), cfg.out)
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        lams = [i / 24 for i in range(25)]
-        a, b = x0[:10], y0[:10]
+        lams, a, b = [i / 24 for i in range(25)], x0[:10], y0[:10]
         blend = [(1 - lam) * a + lam * b for lam in lams]
         frames = [torch.cat([above, below]) for above, below in zip(way(a, b, lams), blend)]
         run.output(save_gif, frames, cfg.gif, columns=len(a))
