@@ -293,7 +293,7 @@ class Run:
                     self.step += 1
                     try:
                         bar.update()
-                    except BrokenPipeError:            # nobody reads any more, as behind `| head`
+                    except OSError:                    # nobody reads any more, as behind `| head`, or in a closed window
                         mute()
                         self._stop = True
                     if self.step % log_every == 0 or self.step == end:
