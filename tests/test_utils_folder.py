@@ -350,6 +350,10 @@ def test_weights_of_another_hand_that_say_nonsense_of_their_data(wrong, tmp_path
     save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors", meta)
     with pytest.raises(UserError, match="does not fit this lesson .what it says about its data is no data set"):
         Weights(tmp_path / "w.safetensors", "lesson_05")
+    meta = meta | {"data": '{"name": "mnist"}', "config": '{"unet": {"image_size": 20, "image_channels": 1}}'}
+    save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors", meta)
+    with pytest.raises(UserError, match=r"takes images of \(1, 20, 20\), and it learned from \(1, 28, 28\)"):
+        Weights(tmp_path / "w.safetensors", "lesson_05")
 
 
 def test_a_resumed_run_learns_from_the_same_images(trained, tmp_path):

@@ -90,7 +90,7 @@ def _read(stamped, shape):
     from tqdm import tqdm
 
     images, labels, bad = [], [], []
-    for path, label, *_ in tqdm(stamped, "reading images", delay=2, leave=False):
+    for path, label, *_ in tqdm(stamped, "reading images", delay=2, leave=False, disable=None):
         try:
             images.append(read_image(path, shape))
             labels.append(label)

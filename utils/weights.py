@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .config import Section, within
-from .data import CLASSES
+from .data import CLASSES, shape_of
 from .errors import Diverged, UserError
 from .files import atomic, numbered
 
@@ -75,6 +75,10 @@ class Weights:
                 except UserError as error:
                     raise UserError(misfit(path, error)) from None
         self.data = _learned(path, meta.get("data"))
+        for section in self.config.values():
+            if self.data.shape and hasattr(section, "image_size") and shape_of(section) != tuple(self.data.shape):
+                raise UserError(misfit(path, f"its network takes images of {shape_of(section)}, and it learned from "
+                                             f"{tuple(self.data.shape)}"))
 
     def load(self, net):
         """Copy the weights into `net` (float32). Every parameter must be there with its shape."""
