@@ -293,7 +293,7 @@ class Run:
                     self.step += 1
                     try:
                         bar.update()
-                    except OSError:                    # nobody reads any more, as behind `| head`, or in a closed window
+                    except OSError:                    # nobody reads: behind `| head`, or the window is closed
                         mute()
                         self._stop = True
                     if self.step % log_every == 0 or self.step == end:
