@@ -4,6 +4,7 @@
     def test_x(launch):                launch(script, *argv) runs a script in a process of its own
 """
 
+import contextlib
 import functools
 import gc
 import importlib.util
@@ -87,11 +88,17 @@ def pytest_xdist_make_scheduler(config, log):
 
 # ------------------------------------------------------------------ what costs time, and few tests look at
 def spare_time():
-    """MNIST's files stay in memory, for to read them is a fifth of a tiny training; figures are drawn coarsely."""
+    """MNIST's files stay in memory, for to read them is a fifth of a tiny training; figures are drawn coarsely.
+
+    The files are fetched before any test begins: one that replaces a part of Python would break the download.
+    """
     from matplotlib.figure import Figure
 
     import utils.data
+    from utils.errors import UserError
 
+    with contextlib.suppress(UserError):               # without them each test that needs them says so
+        utils.data.mnist_folder()
     utils.data.read_idx = functools.cache(utils.data.read_idx)
     Figure.savefig, Figure.savefig_finely = draw_coarsely, Figure.savefig
 
