@@ -121,6 +121,19 @@ def test_sizes_of_grids(tmp_path, n, columns, size):
     assert pictures.grid(torch.zeros(2, 3, 8, 8), scale=1).mode == "RGB"
 
 
+def test_labels_stand_above_columns_and_beside_rows(tmp_path):
+    x = torch.full((6, 1, 28, 28), -1.0)
+    plain = pictures.grid(x, 3)
+    with Image.open(pictures.save_grid(x, tmp_path / "grid.png", 3, across="abc", down=["w = 1", 2.5])) as picture:
+        left, top = picture.width - plain.width, picture.height - plain.height
+        assert left > 40 and top == 28 and picture.mode == "L"
+        assert np.array_equal(np.asarray(picture)[top:, left:], np.asarray(plain))      # the images as before
+        ink = np.asarray(picture) < 128
+        parts = *np.array_split(ink[:top, left:], 3, axis=1), *np.array_split(ink[top:, :left], 2)
+        assert all(part.any() for part in parts) and not ink[:top, :left].any()
+    assert pictures.grid(x, 3, across="abc").size == (plain.width, plain.height + 28)
+
+
 def test_images_that_are_not_finite_are_none(tmp_path):
     good, bad = torch.zeros(5, 1, 28, 28), torch.zeros(5, 1, 28, 28)
     bad[3, 0, 1, 1], bad[4, 0, 2, 2] = float("nan"), float("-inf")

@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,8 +35,11 @@ def _write(path, save):
     return path
 
 
-def grid(x, columns=None, scale=2, gap=1):
-    """One picture of many: (N, C, H, W) in [-1, 1] -> PIL image, row by row, each pixel `scale` wide."""
+def grid(x, columns=None, scale=2, gap=1, across=(), down=()):
+    """One picture of many: (N, C, H, W) in [-1, 1] -> PIL image, row by row, each pixel `scale` wide.
+
+    across, down: what to write above the columns and to the left of the rows, if anything.
+    """
     n, c, h, w = x.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -45,7 +49,27 @@ def grid(x, columns=None, scale=2, gap=1):
         canvas[:, top:top + h, left:left + w] = tile
     array = canvas.permute(1, 2, 0).numpy()
     picture = Image.fromarray(array[..., 0] if c == 1 else array)
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    if not (across or down):
+        return picture
+    return _labelled(picture, columns, rows, list(map(str, across)), list(map(str, down)))
+
+
+def _labelled(picture, columns, rows, across, down, size=14):
+    """A grid in a white frame, with a text above every column and to the left of every row."""
+    import matplotlib
+    from PIL import ImageDraw, ImageFont
+
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
+    left, top = math.ceil(max([font.getlength(text) + size for text in down], default=0)), 2 * size if across else 0
+    framed = Image.new(picture.mode, (left + picture.width, top + picture.height), "white")
+    framed.paste(picture, (left, top))
+    draw, w, h = ImageDraw.Draw(framed), picture.width / columns, picture.height / rows
+    for i, text in enumerate(across):
+        draw.text((left + (i + 0.5) * w, top / 2), text, "black", font, anchor="mm")
+    for i, text in enumerate(down):
+        draw.text((left - size / 2, top + (i + 0.5) * h), text, "black", font, anchor="rm")
+    return framed
 
 
 def columns(classes):
@@ -53,9 +77,9 @@ def columns(classes):
     return 10 // classes * classes or 10
 
 
-def save_grid(x, path, columns=None, scale=2):
-    """Write a grid of images as a PNG. Returns the path."""
-    picture = grid(x, columns, scale)
+def save_grid(x, path, columns=None, scale=2, across=(), down=()):
+    """Write a grid of images as a PNG, `across` above its columns and `down` beside its rows. Returns the path."""
+    picture = grid(x, columns, scale, across=across, down=down)
     return _write(path, lambda file: picture.save(file, "PNG"))
 
 
@@ -121,15 +145,15 @@ def animated_png(parts, durations, colours=256):
     return content.getvalue()
 
 
-def show(picture, columns=None, scale=2):
-    """Draw in a notebook: the file of a picture, or images (N, C, H, W) in [-1, 1] as a grid.
+def show(picture, columns=None, scale=2, across=(), down=()):
+    """Draw in a notebook: the file of a picture, or images (N, C, H, W) in [-1, 1] as a grid with labels, if given.
 
     An animation becomes an animated PNG: neither GitHub nor nbconvert draws the GIFs that a notebook holds.
     """
     from IPython.display import Image as Output
     from IPython.display import display
 
-    picture = grid(picture, columns, scale) if torch.is_tensor(picture) else Image.open(picture)
+    picture = grid(picture, columns, scale, 1, across, down) if torch.is_tensor(picture) else Image.open(picture)
     display(Output(animated_png(*frames(picture)), format="png"))
 
 
