@@ -190,34 +190,35 @@ def weights_at(net, xt, t, c):
 
 # ------------------------------------------------------------------ what is drawn
 def plot(claim, path):
-    """Three answers: who gets a gradient, who draws the digit asked for, and what guidance trades."""
-    fig, (left, middle, right) = figure(1, 3, width=4.2)
+    """Who gets a gradient, who draws the digit asked for; below, what guidance gives and what it takes."""
+    fig, ((left, right), below) = figure(2, 2, width=4.4)
     for i, arm in enumerate((FOUR, ONE)):
-        values = list(largest(claim.rows, arm).values())
+        values = [1e5 * value for value in largest(claim.rows, arm).values()]
         left.bar([x + 0.4 * i for x in range(3)], values, 0.38, label=arm)
         for x, value in enumerate(values):
-            left.annotate("0" if value == 0 else f"{value:.0e}", (x + 0.4 * i, value), ha="center", va="bottom",
+            left.annotate("0" if value == 0 else f"{value:.1f}", (x + 0.4 * i, value), ha="center", va="bottom",
                           fontsize=8)
     left.set_xticks([0.2, 1.2, 2.2], ["$W_Q$", "$W_K$", "$W_V$"])
-    left.set(ylabel="largest gradient", title="(a) one token: no gradient")
+    left.set(ylabel="largest gradient, in 1/100,000", title="(a) one token: no gradient")
+    left.margins(y=0.1)
     left.legend(fontsize=8)
-    dots(middle, claim.rows, "accuracy")
-    middle.axhline(0.95, color="grey", ls=":", lw=1)
-    middle.set(ylabel=f"accuracy (n = {claim.cfg.n})", title=f"(c) {claim.cfg.steps} steps of training")
+    dots(right, claim.rows, "accuracy")
+    four = claim.rows.mean("accuracy", arm=FOUR)
+    if four < math.inf:
+        right.axhspan(four - 0.02, four, color="grey", alpha=0.15, lw=0)
+    right.set(ylabel=f"accuracy (n = {claim.cfg.n})", title=f"(c) after {claim.cfg.steps:,} steps of training")
     weights = sorted(claim.rows.by("w", "accuracy", seed=0))
-    right.plot(weights, [claim.rows.mean("accuracy", w=w, seed=0) for w in weights], "o-", color="C0")
-    right.set(xlabel="guidance weight w", title="guidance: accuracy (blue), FID (orange)")
-    right.set_ylabel("accuracy", color="C0")
-    other = right.twinx()
-    other.plot(weights, [claim.rows.mean("fid", w=w, seed=0) for w in weights], "s--", color="C1")
-    other.set_ylabel(f"FID (n = {claim.cfg.full_n})", color="C1")
-    for ax in (left, right):
+    for ax, key, name in zip(below, ("accuracy", "fid"), ("accuracy", "FID")):
+        ax.plot(weights, [claim.rows.mean(key, w=w, seed=0) for w in weights], "o-")
+        ax.set(xlabel="guidance weight w", ylabel=f"{name} (n = {claim.cfg.full_n:,})", title=f"guidance: {name}",
+               xticks=weights, ylim=(0, None))
         ax.grid(alpha=0.3)
+    left.grid(alpha=0.3)
     return save_figure(fig, path)
 
 
 def attention_maps(network, path):
-    """A test image of each class in noise, and under it where the last layer looks at each token of its class."""
+    """Test images of five classes in noise, and beside each where the last layer looks at each token of its class."""
     ddpm, _, net = network
     device = ddpm.abar.device
     x0, labels = digits("test").first(1000)
@@ -226,14 +227,18 @@ def attention_maps(network, path):
     xt = ddpm.q_sample(x0, t, torch.randn(x0.shape, generator=seeded(3)).to(device))
     found = weights_at(net, xt, t, torch.arange(10, device=device))
     maps = found[-1].mean(1).cpu()                      # (10, H W, L): the mean of the heads
-    side = round(maps.shape[1] ** 0.5)
-    fig, axes = figure(1 + maps.shape[2], 10, 0.9, 0.9)
-    for k in range(10):
-        axes[0, k].imshow(xt[k, 0].cpu(), cmap="gray")
-        for i in range(maps.shape[2]):
-            axes[1 + i, k].imshow(maps[k, :, i].view(side, side), cmap="magma", vmin=0, vmax=1)
+    side, shown = round(maps.shape[1] ** 0.5), (0, 1, 3, 7, 8)
+    fig, axes = figure(len(shown), 1 + maps.shape[2], 1.4, 1.4)
+    for row, k in zip(axes, shown):
+        row[0].imshow(xt[k, 0].cpu(), cmap="gray")
+        row[0].set_ylabel(f"asked for {k}", fontsize=10)
+        for i, ax in enumerate(row[1:]):
+            drawn = ax.imshow(maps[k, :, i].view(side, side), cmap="magma", vmin=0, vmax=1)
+    for ax, title in zip(axes[0], ("digit in noise", *(f"token {i + 1}" for i in range(maps.shape[2])))):
+        ax.set_title(title, fontsize=10)
     for ax in axes.flat:
-        ax.set_axis_off()
+        ax.set(xticks=[], yticks=[])
+    fig.colorbar(drawn, ax=axes, label="weight of the token", shrink=0.6, ticks=(0, 0.5, 1))
     return save_figure(fig, path)
 
 
