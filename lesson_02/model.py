@@ -78,7 +78,7 @@ class DPM(Diffusion):
         """
         z = torch.einsum("bkj...,bj->bk...", net(xt), self.basis[t].to(xt.dtype))                  # (B, 2, ...)
         beta = wide(self.beta(t, t - 1), xt)
-        # Differs from the paper's readout of the mean: this is the form in the released code.
+        # Differs from the paper's readout: this form of the mean and the square root of T are the released code's.
         mean = (1 - beta).sqrt() * xt + beta.sqrt() * z[:, 0]
         variance = torch.sigmoid(z[:, 1] / math.sqrt(self.timesteps) + torch.logit(beta))
         return mean, variance

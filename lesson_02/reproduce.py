@@ -21,7 +21,7 @@ import torch
 import train
 from model import denoise, inpaint
 from sample import build
-from utils import Claim, above, arm_weights, cli, digits, figure, published, save_figure, save_strip, seeded
+from utils import Claim, above, arm_weights, cli, digits, figure, published, save_figure, save_grid, seeded
 
 TRUTH = -math.log2(5)                                  # log2 p of a heartbeat: five starts, all alike
 
@@ -59,7 +59,8 @@ def main(argv=None):
     run.output(plot_swiss_roll, load(run, arm_weights(run, "swiss_roll")), "swiss_roll.png")
     run.output(plot_heartbeat, load(run, arm_weights(run, "heartbeat")), "heartbeat.png")
     for task, name in (("inpainting", "inpainting.png"), ("denoising", "denoised.png")):
-        run.output(save_strip, [row[:12] for row in tasks.where(task=task, seed=0)[0]["x"]], name)
+        rows = [row[:10] for row in tasks.where(task=task, seed=0)[0]["x"]]
+        run.output(save_grid, torch.cat(rows), name, columns=len(rows[0]), down=ROWS[task])
     return claim.finish(plot=plot, headline=f"bound {network['bits']:.2f} bits a pixel above a Gaussian",
                         bits_over_gaussian=network["bits"])
 
@@ -200,6 +201,8 @@ def denoising(run, dpm, net, x0, generator):
 
 
 POSTERIORS = {"inpainting": inpainting, "denoising": denoising}
+ROWS = {"inpainting": ["test digit", "what is known", "one sample", "another one", "mean of eight"],
+        "denoising": ["test digit", "with noise", "one sample", "mean of eight", "Wiener filter"]}
 
 
 def scores(x, baseline, x0, where):
@@ -230,45 +233,54 @@ def psnr(x, x0, where):
 # ------------------------------------------------------------------ pictures
 def plot(claim, path):
     """The three claims, a dot a seed."""
-    fig, (left, middle, right) = figure(1, 3, width=4.2)
+    fig, ((left, right), (below, corner)) = figure(2, 2, width=4.2, height=3.2)
+    corner.remove()
+    below.set_subplotspec(below.get_gridspec()[1, :])
     beats, known = claim.rows.where(arm="heartbeat"), claim.notes["published"]
+    left.axhspan(-2.6, TRUTH, color="grey", alpha=0.15, label="where the claim wants it")
+    left.axhline(TRUTH, color="k", ls=":", lw=1, label="the truth: -2.322")
+    left.plot([row["exact_steps"] for row in beats], "_", ms=16, color="k", label="bound, exact steps")
     left.errorbar(range(len(beats)), [row["bits"] for row in beats], [row["bits_error"] for row in beats], fmt="o",
-                  label="learned")
-    left.plot([row["exact_steps"] for row in beats], "_", ms=16, color="k", label="exact steps")
-    left.axhspan(-2.6, TRUTH, color="grey", alpha=0.15)
-    left.set(xlabel="seed", xticks=range(len(beats)), ylabel="bound, bits a sequence", title="(a) heartbeat")
+                  label="bound, learned steps")
+    left.set(xlabel="seed", xticks=range(len(beats)), ylabel="bits a sequence", title="(a) heartbeat",
+             xlim=(-0.5, len(beats) - 0.5))
     for row in claim.rows.where(arm="digits"):
-        middle.plot([0, *map(int, row["history"])], [0, *row["history"].values()], "o-", ms=3)
-    middle.axhline(known["bits"], color="grey", lw=1, label="published network")
-    middle.axhline(known["limit"], color="k", ls=":", lw=1, label="no divergence at any t")
-    middle.set(xlabel="training step", ylabel="bits a pixel above a Gaussian", title="(b) bound of test digits")
+        right.plot([0, *map(int, row["history"])], [0, *row["history"].values()], "o-", ms=3)
+    right.axhline(known["bits"], color="grey", lw=1, label="published network")
+    right.axhline(known["limit"], color="k", ls=":", lw=1, label="no divergence at any t")
+    right.set(xlabel="training step", ylabel="bits a pixel above a Gaussian", title="(b) bound of test digits")
     for i, task in enumerate(POSTERIORS):
-        for j, (key, name) in enumerate({"mean_of_samples": "mean of samples", "one_sample": "one sample",
-                                         "baseline": "mean image / Wiener filter"}.items()):
+        for j, (key, name) in enumerate({"mean_of_samples": "mean of eight samples", "one_sample": "one sample",
+                                         "baseline": "mean image (left), Wiener filter (right)"}.items()):
             values = claim.rows.values(key, task=task)
-            right.plot([i + 0.22 * (j - 1)] * len(values), values, "o", color=f"C{j}", label=name if i == 0 else None)
-    right.set_xticks(range(2), list(POSTERIORS))
-    right.set(ylabel="PSNR, dB", title="(c) posteriors", xlim=(-0.5, 1.5))
-    for ax in (left, middle, right):
-        ax.legend(fontsize=8)
+            below.plot([i + 0.22 * (j - 1)] * len(values), values, "o", color=f"C{j}", label=name if i == 0 else None)
+    below.set_xticks(range(2), list(POSTERIORS))
+    below.set(ylabel="PSNR, dB", title="(c) posteriors", xlim=(-0.5, 1.5))
+    for ax, free in ((left, "center"), (right, "lower right"), (below, "center")):
+        ax.legend(fontsize=8, loc=free)
         ax.grid(alpha=0.3)
     return save_figure(fig, path)
 
 
 def plot_readout(published, path):
-    """The bumps, the learned variance by time, and where the bound is paid."""
-    fig, (left, middle, right) = figure(1, 3, width=4.2)
-    left.plot(published["basis"])
-    left.set(xlabel="t", ylabel="weight", title="bumps of the readout")
-    middle.plot(published["times"], published["variance_over_beta"], "o-", ms=3, label="learned, mean over pixels")
-    middle.plot(published["times"], published["beta_tilde_over_beta"], "k:", label="$x_0$ known")
-    middle.axhline(1, color="grey", lw=1, label="unit Gaussian")
-    middle.set(xlabel="t", xscale="log", ylabel=r"variance of a reverse step / $\beta_t$", title="learned covariance")
-    middle.legend(fontsize=8)
+    """The bumps; below them the learned variance by time and where the bound is paid."""
+    fig, ((above, corner), (left, right)) = figure(2, 2, width=4.2, height=3.0)
+    corner.remove()
+    above.set_subplotspec(above.get_gridspec()[0, :])
+    above.plot(published["basis"])
+    above.set(xlabel="t", ylabel="weight of a bump", title="the ten bumps of the readout")
+    left.plot(published["times"], published["variance_over_beta"], "o-", ms=3, label="learned, mean over pixels")
+    left.plot(published["times"], published["beta_tilde_over_beta"], "k:", label="if $x_0$ were known")
+    left.axhline(1, color="grey", lw=1, label="if nothing is known of $x_0$")
+    left.set(xlabel="t", xscale="log", ylabel=r"variance of a step back / $\beta_t$", title="the learned variance")
+    left.legend(fontsize=8)
     terms = [term / math.log(2) for term in published["terms"]]
     right.plot(range(1, 1 + len(terms)), terms)
-    right.set(xlabel="t", xscale="log", yscale="log", ylabel="divergence, bits a pixel", title="where it is paid")
-    for ax in (left, middle, right):
+    right.set(xlabel="t", xscale="log", yscale="log", ylabel="divergence, bits a pixel", title="where bits are lost")
+    for ax in (left, right):
+        ax.set_xticks([1, 10, 100, 999], ["1", "10", "100", "999"])
+    right.set_yticks([0.1, 0.01, 0.001], ["0.1", "0.01", "0.001"])
+    for ax in (above, left, right):
         ax.grid(alpha=0.3)
     return save_figure(fig, path)
 
