@@ -32,7 +32,7 @@ from utils import (
     lines,
     published,
     save_figure,
-    save_strip,
+    save_grid,
     seeded,
     ticks,
 )
@@ -80,7 +80,8 @@ def main(argv=None):
     claim.note("published", few(run, *load(run, published(run, "FM-OT")), 0))
     claim.note("floor", floor(cfg.n))
     run.output(plot_calls, claim, "tolerance.png")
-    run.output(save_strip, [row for arm in ARMS for row in rows.where(arm=arm, seed=0)[0]["x"]], "few.png")
+    run.output(save_grid, torch.cat([row for arm in ARMS for row in rows.where(arm=arm, seed=0)[0]["x"]]), "few.png",
+               columns=12, down=[f"{arm}, {how}" for arm in ARMS for how in ("8 calls", "16 calls", "dopri5")])
     run.output(plot_paths, None, "paths.png")
     run.output(plot_densities, None, "densities.png")
     return claim.finish(plot=plot, n=cfg.n)
@@ -162,26 +163,33 @@ def exact(run):
 # ------------------------------------------------------------------ pictures
 def plot(claim, path):
     """Three answers: calls by tolerance, bits/dim, FID by training steps. Every dot is a seed."""
-    fig, (left, middle, right) = figure(1, 3, width=4.2)
+    fig, ((left, right), (below, rest)) = figure(2, 2, width=4.2)
     lines(left, claim.rows.unfold("calls_by_tolerance", "tolerance"), "tolerance", "calls_by_tolerance")
-    left.set(xscale="log", yscale="log", xlabel="tolerance of dopri5", ylabel="network calls", title="(a) calls")
+    left.set(xscale="log", yscale="log", xlabel="tolerance of dopri5", ylabel="network calls",
+             title="(a) calls: fewer is better")
     for i, arm in enumerate(ARMS):
         values, error = (claim.rows.values(key, arm=arm) for key in ("bits", "bits_error"))
         places = [i + 0.1 * seed for seed in range(len(values))]
-        middle.errorbar(places, values, error, fmt="o", color=f"C{i}", ms=4, capsize=3)
-    middle.set(xticks=[0.1, 1.1, 2.1], xticklabels=list(ARMS), ylabel="bits/dim", title="(b) likelihood")
-    middle.grid(alpha=0.3)
-    lines(right, claim.rows.unfold("fid", "steps"), "steps", "fid")
-    right.axhline(claim.notes["floor"], color="grey", ls=":", lw=1)
-    right.set(yscale="log", xlabel="training steps", ylabel=f"FID (n = {claim.cfg.n}; dotted: floor)", title="(c) FID")
+        right.errorbar(places, values, error, fmt="o", color=f"C{i}", ms=4, capsize=3)
+    right.set(xticks=[0.1, 1.1, 2.1], xticklabels=list(ARMS), ylabel="bits/dim", title="(b) bits: fewer is better")
+    right.grid(alpha=0.3)
+    lines(below, claim.rows.unfold("fid", "steps"), "steps", "fid")
+    below.axhline(claim.notes["floor"], color="grey", ls=":", lw=1, label="floor: real digits")
+    below.set(yscale="log", xlabel="training steps", ylabel=f"FID (n = {claim.cfg.n})", title="(c) FID: less is better",
+              xticks=sorted({int(steps) for row in claim.rows for steps in row["fid"]}))
+    ticks(left.xaxis, TOLERANCES)
     ticks(left.yaxis, (20, 50, 100, 200, 500))
-    ticks(right.yaxis, (0.5, 1, 2, 5, 10, 20, 50))
+    ticks(below.yaxis, (0.5, 1, 2, 5, 10, 20, 50))
+    rest.axis("off")
+    rest.legend(*below.get_legend_handles_labels(), loc="center", fontsize=11, frameon=False)
+    for ax in (left, below):
+        ax.get_legend().remove()
     return save_figure(fig, path)
 
 
 def plot_calls(claim, path):
     """Where do the calls go? Exact fields by tolerance; the error of few calls."""
-    fig, (left, right) = figure(1, 2)
+    fig, (left, right) = figure(1, 2, width=4.2, height=3.6)
     exact, network = claim.notes["exact"], claim.notes["published"]
     for name, row, style in (("exact field, VP", exact["vp"], "o-C0"), ("exact field, OT", exact["ot"], "o-C2"),
                              ("published network", network, "s--C3")):
@@ -191,35 +199,39 @@ def plot_calls(claim, path):
         right.loglog(FEW, list(error.values()), "o-", label=name)
     left.set(xlabel="tolerance of dopri5", ylabel="network calls")
     right.set(xlabel="network calls of the midpoint method", ylabel="distance to dopri5 (RMS)")
+    ticks(left.xaxis, TOLERANCES)
     ticks(left.yaxis, (20, 50, 100, 200, 500))
     ticks(right.xaxis, FEW)
+    ticks(right.yaxis, (0.01, 0.02, 0.05, 0.1, 0.2, 0.3))
     for ax in (left, right):
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
         ax.grid(alpha=0.3)
     return save_figure(fig, path)
 
 
 def plot_paths(_, path):
     """How does each path carry noise to ONE image? Twelve noises in two dimensions; dots at ten equal times."""
-    fig, axes = figure(1, 2, width=4.0, height=4.0)
+    fig, axes = figure(1, 2, width=4.2, height=3.3)
     eps, x0 = torch.randn(12, 1, 1, 2, generator=seeded(4)), torch.tensor([2.5, 1.5]).expand(12, 1, 1, 2)
     for ax, name in zip(axes, ("vp", "ot")):
         flow = FlowMatching(name)
         times = torch.linspace(0, flow.path.end, 201, dtype=torch.float64)
         way = torch.stack([flow.q_sample(x0, t.expand(12), eps) for t in times])[:, :, 0, 0]       # (201, 12, 2)
-        for line in way.unbind(1):
-            ax.plot(*line.T, color="C0", lw=0.8)
-            ax.plot(*line[::20].T, ".", color="C0", ms=4)
-        ax.plot(*eps[:, 0, 0].T, "o", color="grey", ms=4, label="noise")
-        ax.plot(*x0[0, 0, 0], "*", color="C3", ms=12, label="image", zorder=3)
-        ax.set(title=f"{name.upper()} path", aspect="equal", xlim=(-3, 3.7), ylim=(-1.8, 2.4))
-    axes[0].legend()
+        for i, line in enumerate(way.unbind(1)):
+            ax.plot(*line.T, color=f"C{i % 10}", lw=0.8)
+            ax.plot(*line[::20].T, ".", color=f"C{i % 10}", ms=5)
+        noise, = ax.plot(*eps[:, 0, 0].T, "o", color="black", mfc="none", ms=7)
+        image, = ax.plot(*x0[0, 0, 0], "*", color="black", ms=13, zorder=3)
+        ax.set(title=f"{name.upper()} path", aspect="equal", xlim=(-3, 3.7), ylim=(-1.8, 2.4),
+               xlabel="first coordinate")
+    axes[0].set_ylabel("second coordinate")
+    fig.legend([noise, image], ["noise, t = 0", "image, t = 1"], loc="outside lower center", ncols=2, frameon=False)
     return save_figure(fig, path)
 
 
 def plot_densities(_, path):
     """What do both paths do to a whole distribution? Density of x_t by time for data at two points, and flow lines."""
-    fig, axes = figure(1, 2, width=4.5)
+    fig, axes = figure(1, 2, width=4.2, height=3.4)
     centres, x = torch.tensor([-1.0, 0.8]), torch.linspace(-3, 3, 400, dtype=torch.float64)
     for ax, name in zip(axes, ("vp", "ot")):
         flow = FlowMatching(name, **({"s_min": 0.1} if name == "ot" else {}))
@@ -239,7 +251,7 @@ def plot_densities(_, path):
         eps = torch.linspace(-2.2, 2.2, 12).reshape(12, 1, 1, 1)
         way, _ = flow.sample(field, eps, tolerance=1e-5, times=times)
         ax.plot(times, way.flatten(1), color="C1", lw=0.8)
-        ax.set(title=f"{name.upper()} path", xlabel="t", ylabel="x", ylim=(-2.5, 2.5))
+        ax.set(title=f"{name.upper()} path", xlabel="time t, from noise (0) to data (1)", ylabel="x", ylim=(-2.5, 2.5))
     return save_figure(fig, path)
 
 

@@ -137,7 +137,7 @@ def animated_png(parts, durations, colours=256):
     strip = Image.new("RGB", (width, height * len(parts)))              # one palette for all of them
     for i, part in enumerate(parts):
         strip.paste(part, (0, i * height))
-    strip = strip.quantize(colours, dither=Image.Dither.NONE)
+    strip = strip.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)      # keeps thin lines
     first, *rest = (strip.crop((0, i * height, width, (i + 1) * height)) for i in range(len(parts)))
     content = io.BytesIO()
     first.save(content, "PNG", optimize=True,
