@@ -3,6 +3,7 @@
 import ast
 import copy
 import errno
+import io
 import json
 import os
 import re
@@ -132,6 +133,18 @@ def test_labels_stand_above_columns_and_beside_rows(tmp_path):
         parts = *np.array_split(ink[:top, left:], 3, axis=1), *np.array_split(ink[top:, :left], 2)
         assert all(part.any() for part in parts) and not ink[:top, :left].any()
     assert pictures.grid(x, 3, across="abc").size == (plain.width, plain.height + 28)
+
+
+def test_few_colours_are_those_of_the_lines():
+    # A chart is nearly all white; its lines must keep their hues when it is stored with twelve colours.
+    shades = torch.arange(256).repeat(200, 1).to(torch.uint8)              # soft greys, as of text, take most of it
+    array = torch.stack([shades, shades, shades], 2).numpy().copy()
+    array[::40], array[20::40] = (31, 119, 180), (255, 127, 14)            # thin lines, blue and orange
+    stored = Image.open(io.BytesIO(pictures.animated_png([Image.fromarray(array)], [0], 12))).convert("RGB")
+    for line, colour in ((0, (31, 119, 180)), (20, (255, 127, 14))):
+        assert max(abs(a - b) for a, b in zip(stored.getpixel((128, line)), colour)) < 40
+    grey = pictures.animated_png([Image.fromarray(shades.numpy())], [0], 12)
+    assert len(Image.open(io.BytesIO(grey)).convert("RGB").getcolors()) >= 8
 
 
 def test_images_that_are_not_finite_are_none(tmp_path):
