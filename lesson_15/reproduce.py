@@ -35,6 +35,7 @@ from utils import (
     save_grid,
     score,
     seeded,
+    ticks,
 )
 
 KEYS = ("fid", "accuracy", "precision", "recall")
@@ -78,7 +79,8 @@ def main(argv=None):
     claim.note("floor", {str(n): floor(n) for n in (cfg.n, cfg.arm_n)})
     run.output(plot_difference, claim, "difference.png")
     run.output(plot_mixture, run, "mixture.png")
-    run.output(save_grid, same_noise(run), "weights.png", columns=10)
+    run.output(save_grid, same_noise(run), "weights.png", columns=10, across=range(10),
+               down=[f"w = {w:g}" for w in cfg.weights])
     return claim.finish(plot=plot, n=cfg.n)
 
 
@@ -200,31 +202,38 @@ def same_noise(run):
 
 # ------------------------------------------------------------------ pictures
 def plot(claim, path):
-    """Three answers: what each weight scores, which FID a recall costs, and how often to drop the label."""
-    fig, (left, middle, right) = figure(1, 3, width=4.4, height=3.6)
+    """Four answers: which FID a recall costs, what each weight scores, what saturates, how often to drop the label."""
+    fig, axes = figure(2, 2, width=4.0, height=3.3)
+    (trade_off, scores), (range_, arms_) = axes
     sweep = claim.rows.where(net="published", clip=True)
     mean = {key: [statistics.mean(v) for v in sweep.by("w", key).values()] for key in KEYS if key in sweep[0]}
     weights = list(sweep.by("w", "fid"))
-    for key in KEYS[1:]:
-        left.plot(weights, mean.get(key, [None] * len(weights)), "o-", ms=4, label=key)
-    left.set(xlabel="guidance weight w (the paper's: w - 1)", title="(b) quality for variety")
-    left.legend(fontsize=8)
-    middle.plot(mean["recall"], mean["fid"], "o-", ms=4)
+    trade_off.plot(mean["recall"], mean["fid"], "o-", ms=4)
     for w, *place in zip(weights, mean["recall"], mean["fid"]):
-        middle.annotate(f"w={w:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=8)
-    middle.axhline(claim.notes["floor"][str(claim.cfg.n)], color="grey", ls=":", lw=1)
-    middle.set(xlabel="recall", ylabel=f"FID (n = {claim.cfg.n}; dotted: floor)", yscale="log",
-               title="(a) FID and recall")
+        trade_off.annotate(f"w = {w:g}", place, textcoords="offset points", xytext=(-6, -3), ha="right", fontsize=8)
+    trade_off.axhline(claim.notes["floor"][str(claim.cfg.n)], color="grey", ls=":", lw=1)
+    trade_off.set(xlabel="recall", ylabel=f"FID (n = {claim.cfg.n}; dotted: floor)", yscale="log",
+                  title="(a) FID and recall")
+    trade_off.set_xlim(left=trade_off.get_xlim()[0] - 0.08)
+    ticks(trade_off.yaxis, [0.2, 0.5, 1, 2, 5])
+    for key in KEYS[1:]:
+        scores.plot(weights, mean.get(key, [None] * len(weights)), "o-", ms=4, label=key)
+    scores.set(xlabel="guidance weight w", title="(b) quality for variety", ylim=(0, 1.04))
+    scores.legend(fontsize=8, loc="lower center")
+    for w, values in claim.rows.where(clip=False).by("w", "outside").items():
+        range_.plot([w] * len(values), [100 * value for value in values], "o", color="C0", ms=4)
+    range_.set(xlabel="guidance weight w", ylabel="pixels out of range, %", title="(c1) not clipped",
+               ylim=(0, None))
     arms = [row for row in claim.rows if row["net"] != "published"]
     for i, net in enumerate(dict.fromkeys(row["net"] for row in arms)):
         for seed in claim.seeds:
             rows = [row for row in arms if (row["net"], row["seed"]) == (net, seed)]
-            right.plot([row["accuracy"] for row in rows], [row["fid"] for row in rows], "o-", ms=3, lw=0.8,
+            arms_.plot([row["accuracy"] for row in rows], [row["fid"] for row in rows], "o-", ms=3, lw=0.8,
                        color=f"C{i}", label=net if seed == 0 else None)
-    right.set(xlabel="accuracy", ylabel=f"FID (n = {claim.cfg.arm_n})", title="(d) share of dropped labels, w = " + (
+    arms_.set(xlabel="accuracy", ylabel=f"FID (n = {claim.cfg.arm_n})", title="(d) labels dropped; w = " + (
         ", ".join(f"{w:g}" for w in dict.fromkeys(row["w"] for row in arms))))
-    right.legend(fontsize=8)
-    for ax in (left, middle, right):
+    arms_.legend(fontsize=8)
+    for ax in axes.flat:
         ax.grid(alpha=0.3)
     return save_figure(fig, path)
 
@@ -232,8 +241,12 @@ def plot(claim, path):
 def plot_difference(claim, path):
     """Where does the class matter? The size of eps_c - eps_u by time."""
     fig, ax = figure(width=5.6)
-    ax.plot(claim.notes["difference"]["t"], claim.notes["difference"]["rms"], "o-", ms=4)
-    ax.set(xlabel="t (0: data)", ylabel="RMS of eps_c - eps_u")
+    found = claim.notes["difference"]
+    ax.plot(found["t"], found["rms"], "o-", ms=4)
+    ax.set(xlabel="t (left: data, right: noise)", ylabel="RMS of eps_c - eps_u", ylim=(0, None))
+    above = ax.secondary_xaxis("top")
+    above.set_xticks(found["t"][::4], [f"{value:.1f}" for value in found["log_snr"][::4]])
+    above.set_xlabel("log-SNR")
     ax.grid(alpha=0.3)
     return save_figure(fig, path)
 
