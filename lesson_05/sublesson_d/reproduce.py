@@ -164,14 +164,30 @@ def example(network):
 
 @torch.no_grad()
 def block_diagram(network, path):
-    """The block from top to bottom, with the shapes that a batch of ten has on its way."""
+    """The block from top to bottom: arrows for what flows, arcs for the sums, and the shapes of a batch of ten."""
     _, block, inputs = example(network)
-    seen = steps_of(block, *inputs)
-    fig, ax = figure(1, 1, 5, 0.36 * len(seen))
+    context, seen = None, []
+    for what, shape in steps_of(block, *inputs):
+        context, seen = (shape, seen) if what == "context" else (context, [*seen, (what, shape)])
+    fig, ax = figure(1, 1, 6.2, 0.52 * len(seen))
+    arrow = {"arrowstyle": "-|>", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
+    before = {"self-attention, + x": 2, "cross-attention, + x": 2, "a gelu(b), back, + x": 3,
+              "1 x 1 (starts at 0), + x": len(seen) - 1}
     for i, (what, shape) in enumerate(seen):
         colour = "C1" if "attention" in what else "C2" if "GEGLU" in what or "gelu" in what else "C0"
-        ax.text(0.3, -i, what, ha="center", va="center", bbox={"boxstyle": "round", "fc": colour, "alpha": 0.25})
-        ax.text(0.75, -i, str(shape), ha="center", va="center", family="monospace")
+        ax.text(0.42, -i, what, ha="center", va="center", bbox={"boxstyle": "round", "fc": colour, "alpha": 0.25})
+        ax.text(0.98, -i, str(shape), ha="right", va="center", family="monospace", fontsize=9)
+        if i:
+            ax.annotate("", (0.42, -i + 0.3), (0.42, -i + 0.7), arrowprops=arrow)
+        if what in before:                              # from where the part began, past it, to the sum
+            ends, bend = ((0.28, -i), (0.42, -i + before[what] - 0.5)), 0.1 if before[what] < 4 else 0.24
+            left = ends[0][0] - bend
+            ax.plot([ends[1][0], left, left], [ends[1][1], ends[1][1], -i], color="0.3", lw=1)
+            ax.annotate("", ends[0], (left, -i), arrowprops=arrow)
+        if "cross" in what:
+            ax.text(0.72, -i + 0.9, f"context\n{context}", ha="center", va="center", fontsize=9,
+                    bbox={"boxstyle": "round", "fc": "C1", "alpha": 0.1})
+            ax.annotate("", (0.56, -i), (0.65, -i + 0.55), arrowprops=arrow)
     ax.set(xlim=(0, 1), ylim=(-len(seen) + 0.4, 0.6))
     ax.set_axis_off()
     return save_figure(fig, path)
@@ -189,16 +205,24 @@ def attention_maps(network, path):
     for hook in hooks:
         hook.remove()
     own, cross = called[layer.attn1], called[layer.attn2]                       # (10, H W, H W) and (10, H W, L)
-    side = round(own.shape[1] ** 0.5)
-    centre = (side // 2) * side + side // 2
-    fig, axes = figure(2 + cross.shape[2], 10, 0.9, 0.9)
-    for k in range(10):
-        axes[0, k].imshow(xt[k, 0].cpu(), cmap="gray")
-        axes[1, k].imshow(own[k, centre].view(side, side), cmap="viridis", vmin=0)
-        for i in range(cross.shape[2]):
-            axes[2 + i, k].imshow(cross[k, :, i].view(side, side), cmap="magma", vmin=0, vmax=1)
+    side, shown = round(own.shape[1] ** 0.5), (0, 1, 3, 7, 8)
+    centre = side // 2
+    fig, axes = figure(len(shown), 2 + cross.shape[2], 1.3, 1.35)
+    for row, k in zip(axes, shown):
+        row[0].imshow(xt[k, 0].cpu(), cmap="gray")
+        row[0].set_ylabel(f"asked for {k}", fontsize=10)
+        looks = row[1].imshow(own[k, centre * side + centre].view(side, side), cmap="viridis", vmin=0, vmax=0.06)
+        row[1].plot(centre, centre, "x", color="white")
+        for i, ax in enumerate(row[2:]):
+            seen = ax.imshow(cross[k, :, i].view(side, side), cmap="magma", vmin=0, vmax=1)
+    titles = "digit in noise", "middle looks at", *(f"token {i + 1}" for i in range(cross.shape[2]))
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title, fontsize=10)
     for ax in axes.flat:
-        ax.set_axis_off()
+        ax.set(xticks=[], yticks=[])
+    for drawn, columns, label, ticks in ((looks, axes[:, :2], "weight of a position", (0, 0.03, 0.06)),
+                                         (seen, axes[:, 2:], "weight of the token", (0, 0.5, 1))):
+        fig.colorbar(drawn, ax=columns, label=label, ticks=ticks, location="bottom", shrink=0.7)
     return save_figure(fig, path)
 
 
