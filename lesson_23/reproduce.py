@@ -31,6 +31,7 @@ from utils import (
     save_grid,
     score,
     seeded,
+    ticks,
 )
 
 KEYS = ("fid", "accuracy", "precision", "recall")
@@ -62,7 +63,7 @@ def main(argv=None):
     run.output(plot_start, claim.notes["change_at_the_start"], "start.png")
     run.output(plot_gates, gates_over_training(path), "gates.png")
     run.output(plot_attention, attention_maps(run), "attention.png")
-    run.output(save_grid, same_noise(run), "sizes.png", columns=10)
+    run.output(save_grid, same_noise(run), "sizes.png", columns=10, across=range(10), down=cfg.sizes)
     return claim.finish(plot=plot, n=cfg.n)
 
 
@@ -177,19 +178,22 @@ def same_noise(run):
 # ------------------------------------------------------------------ pictures
 def plot(claim, path):
     """Does the FID follow the Gflops, and which conditioning is best?"""
-    fig, (left, right) = figure(1, 2, width=5.2, height=3.8)
+    fig, (left, right) = figure(1, 2, width=4.3, height=3.5)
     for i, patch in enumerate(sorted({parts(size)[0] for size in claim.cfg.sizes})):
         rows = [claim.rows.where(arm=size) for size in claim.cfg.sizes if parts(size)[0] == patch]
         left.plot([one[0]["gflops"] for one in rows], [one.mean("fid") for one in rows], "-", color=f"C{i}", lw=1,
                   label=f"patch {patch}")
         for row in (row for one in rows for row in one):
             left.plot(row["gflops"], row["fid"], "o", color=f"C{i}", ms=4)
-    left.set(xscale="log", yscale="log", xlabel="Gflops of a network call", ylabel=f"FID (n = {claim.cfg.n})",
+    left.set(xscale="log", xlabel="Gflops of a network call", ylabel=f"FID (n = {claim.cfg.n})", ylim=(0, None),
              title=f"(a) after {claim.cfg.steps} steps; on a line: width 32, 64, 96")
-    left.legend(fontsize=8)
-    left.grid(alpha=0.3, which="both")
+    ticks(left.xaxis, [0.0003, 0.001, 0.003, 0.01, 0.03])
+    left.legend(fontsize=8, loc="lower left")
+    left.grid(alpha=0.3)
     dots(right, type(claim.rows)(row for row in claim.rows if row.get("arm") in KINDS), "fid")
-    right.set(ylabel=f"FID (n = {claim.cfg.n})", yscale="log",
+    right.tick_params("x", labelsize=8)
+    right.margins(y=0.15)
+    right.set(ylabel=f"FID (n = {claim.cfg.n})", ylim=(0, None),
               title=f"(b) after {claim.cfg.kinds_steps} steps, patch/width {claim.cfg.kinds_size}")
     return save_figure(fig, path)
 
@@ -212,6 +216,7 @@ def plot_gates(lines, path):
         for i in range(sum(key.startswith(f"gate_{part}_") for key in lines[-1])):
             ax.plot([line["step"] for line in lines], [line[f"gate_{part}_{i}"] for line in lines], label=f"block {i}")
         ax.set(xlabel="training step", ylabel="mean |gate|", title=part)
+        ax.locator_params("x", nbins=5)
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
     return save_figure(fig, path)
