@@ -30,8 +30,9 @@ from utils import (
     floor,
     published,
     save_figure,
-    save_strip,
+    save_grid,
     seeded,
+    ticks,
 )
 
 SHOWN = (3, 5, 9)                                      # levels of the two clouds whose score is drawn
@@ -66,7 +67,8 @@ def main(argv=None):
     claim.note("floor_of_few", floor(cfg.few))
     claim.note("network_calls", calls(run))
     run.output(plot_score_field, learned, "score_field.png")
-    run.output(save_strip, [pictures(run, arm) for arm in ARMS], "annealed_and_plain.png")
+    run.output(save_grid, torch.cat([pictures(run, arm)[:12] for arm in ARMS]), "annealed_and_plain.png", columns=12,
+               down=["ten levels", "one level"])
     return claim.finish(plot=plot, n=cfg.n)
 
 
@@ -243,25 +245,30 @@ class CleanNCSN(NCSN):
 # ------------------------------------------------------------------ pictures
 def plot(claim, path):
     """Which clouds are found, what sigma_1 has to do with it, and the FID of both arms."""
-    fig, (left, middle, right) = figure(1, 3, width=4.2)
+    fig, ((left, right), (below, corner)) = figure(2, 2, width=4.2, height=3.2)
+    corner.remove()
     edges = torch.linspace(-16, 16, 65)
     for (_, counts), name in zip(claim.notes["along"].items(), ("plain", "annealed")):
         counts = torch.tensor(counts)
         left.stairs(counts / (counts.sum() * (edges[1] - edges[0])), edges, label=name)
     left.set(xlabel="$x + y$ where the points end", ylabel="density", title="(a) two clouds of weights 0.2, 0.8")
+    left.legend(fontsize=8, loc="upper center")
     for sampler, share in claim.rows.by("sampler", "share").items():
         if sampler.startswith("annealed"):
-            middle.plot([float(sampler.split()[-1])] * len(share), share, "o", color="C1", ms=4)
-    middle.axhline(claim.rows.mean("share", sampler="plain"), color="C0", ls="--", label="plain")
-    middle.axhspan(0.77, 0.83, color="grey", alpha=0.2, label="0.80 $\\pm$ 0.03")
-    middle.set(xscale="log", xlabel="largest noise $\\sigma_1$", ylabel="share of the large cloud",
-               title="how large must $\\sigma_1$ be?")
-    dots(right, claim.rows, "best", names={"annealed": "ten levels,\nannealed", "plain": "$\\sigma = 0.01$,\nplain"})
-    right.axhline(claim.notes["floor"], color="grey", ls=":", lw=1)
-    right.set(yscale="log", ylabel=f"FID (n = {claim.cfg.n}; dotted: floor)",
+            right.plot([float(sampler.split()[-1])] * len(share), share, "o", color="C1", ms=4,
+                       label="annealed" if sampler.endswith("20") else None)
+    right.axhline(claim.rows.mean("share", sampler="plain"), color="C0", ls="--", label="plain")
+    right.axhspan(0.77, 0.83, color="grey", alpha=0.2, label="0.80 $\\pm$ 0.03")
+    right.set(xscale="log", xlabel="largest noise $\\sigma_1$", ylabel="share of the large cloud",
+              title="(a) how large must $\\sigma_1$ be?")
+    ticks(right.xaxis, (1, 2, 5, 10, 20))
+    right.legend(fontsize=8, loc="center right")
+    dots(below, claim.rows, "best", names={"annealed": "ten levels,\nannealed", "plain": "$\\sigma = 0.01$,\nplain"})
+    below.axhline(claim.notes["floor"], color="grey", ls=":", lw=1)
+    below.set(yscale="log", ylabel=f"FID (n = {claim.cfg.n}; dotted: floor)",
               title=f"(b) {claim.notes['network_calls']} network calls")
-    for ax in (left, middle):
-        ax.legend(fontsize=8)
+    ticks(below.yaxis, (2, 5, 10, 20, 50, 100, 200))
+    for ax in (left, right, below):
         ax.grid(alpha=0.3)
     return save_figure(fig, path)
 

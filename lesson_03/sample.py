@@ -10,7 +10,7 @@
 import torch
 
 from model import NCSN, ScoreNet, dequantise, from_unit
-from utils import Run, cli, report, save_gif, save_grid, save_npz, save_strip, score
+from utils import Run, cli, report, save_gif, save_grid, save_npz, score
 
 
 # Adapted from lesson_01/sample.py: main -- Langevin steps at each level; pictures of levels and of inpainting
@@ -61,18 +61,21 @@ def figures(run, ncsn, net, x):
     rows = [ncsn.start(8, x.shape[1:], generator)]
     for k, (_, state, _) in enumerate(ncsn.anneal(net, rows[0], cfg.steps, cfg.epsilon, generator)):
         rows += [state] if (k + 1) % cfg.steps == 0 else []                # the end of each level
-    run.output(save_strip, [from_unit(chain) for chain in torch.stack(rows, dim=1)], "levels.png")
+    run.output(save_grid, from_unit(torch.stack(rows, dim=1).flatten(0, 1)), "levels.png", columns=len(rows),
+               across=["start", *[f"{sigma:.2g}" for sigma in ncsn.sigmas.tolist()]])
 
     known = dequantise(run.images(split="test", limit=12).all()).to(run.device)
     left = torch.zeros_like(known, dtype=torch.bool)
     left[..., :known.shape[3] // 2] = True
     filled = [ncsn.inpaint(net, known, left, cfg.steps, cfg.epsilon, generator) for _ in range(4)]
     rows = [known, torch.where(left, known, 0.25), *filled]
-    run.output(save_strip, [from_unit(row) for row in rows], "inpainting.png")
+    run.output(save_grid, from_unit(torch.cat(rows)), "inpainting.png", columns=12,
+               down=["test digit", "left half", "completed", "again", "again", "again"])
 
     train = run.images().all()
     few = x[:12].cpu()
-    run.output(save_strip, [few, train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]], "neighbours.png")
+    near = train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]
+    run.output(save_grid, torch.cat([few, near]), "neighbours.png", columns=len(few), down=["sample", "nearest"])
 
 
 if __name__ == "__main__":

@@ -42,15 +42,17 @@ from utils import (
     floor,
     published,
     save_figure,
-    save_strip,
+    save_grid,
     score,
     seeded,
+    ticks,
 )
 
 # Reported for the paper's models: pixels, sigma_1, levels, T, step size. sigma_L is 0.01.
 PAPER = {"CIFAR-10": (3 * 32 ** 2, 50, 232, 5, 6.2e-6), "CelebA 64 x 64": (3 * 64 ** 2, 90, 500, 5, 3.3e-6)}
 DATA, SMALL = "from the data", "small"                 # the two arms, by their sigma_1
 KINDS = ("raw", "ema")                                 # weights as they are, and averaged
+GRIDS = ["as they are", "", "averaged", "", "averaged, σ₁ = 1", ""]           # what stands beside the rows of arms.png
 
 
 def main(argv=None):
@@ -94,7 +96,7 @@ def main(argv=None):
     claim.note("by_level", by_level(run))
     claim.note("floor", {"fid": floor(cfg.n), "fid_low": floor(cfg.n, True)})
     run.output(techniques, claim, "techniques.png")
-    run.output(save_strip, grids(run, last[-1]), "arms.png")
+    run.output(save_grid, torch.cat(grids(run, last[-1])), "arms.png", columns=12, down=GRIDS)
     return claim.finish(plot=plot, n=cfg.n)
 
 
@@ -157,7 +159,8 @@ def grids(run, step):
     rows = []
     for arm, kind in ((DATA, "raw"), (DATA, "ema"), (SMALL, "ema")):
         ncsn, net = saved_at(run, arm, kind, step, 0)
-        rows += draw(ncsn, net, 32, run.config.reproduce.sample_steps, run.generator()).nan_to_num().chunk(2)
+        x = draw(ncsn, net, 32, run.config.reproduce.sample_steps, run.generator()).nan_to_num()
+        rows += [part[:12] for part in x.chunk(2)]
     return rows
 
 
@@ -231,55 +234,65 @@ def exact_scores(run):
 # ------------------------------------------------------------------ pictures
 def plot(claim, path):
     """Three answers: does averaging calm the FID, what does the last step change, which digits come out."""
-    fig, (left, middle, right) = figure(1, 3, width=4.2)
+    fig, ((left, right), (below, corner)) = figure(2, 2, width=4.2, height=3.2)
+    corner.remove()
+    below.set_subplotspec(below.get_gridspec()[1, :])
     rows, steps = claim.rows, list(claim.rows.by("step", "fid", arm=DATA, kind="raw"))
     for kind, color, label in (("raw", "C3", "weights as they are"), ("ema", "C0", "averaged")):
         left.plot(steps, list(zip(*of_each_seed(rows, kind))), "o-", color=color, label=label)
-    left.set(xlabel="training step", ylabel=f"FID (n = {claim.cfg.n})", yscale="log", title="(b) averaging the weights")
-    left.legend(*(some[::claim.cfg.seeds] for some in left.get_legend_handles_labels()), fontsize=8)
+    left.set(xlabel="training step", xticks=steps, ylabel=f"FID (n = {claim.cfg.n})", title="(b) averaging the weights")
+    left.margins(y=0.35)
+    left.legend(*(some[::claim.cfg.seeds] for some in left.get_legend_handles_labels()), fontsize=8, loc="upper right")
     for x, key in enumerate(("fid", "fid_low")):
         for offset, end, color in ((-0.2, "_noisy", "C3"), (0.2, "", "C0")):
             values = rows.values(key + end, network="published")
-            middle.bar(x + offset, statistics.mean(values), 0.38, color=color,
-                       label={"_noisy": "without the last step", "": "with it"}[end] if x == 0 else None)
-            middle.plot([x + offset] * len(values), values, "k.", ms=4)
-    middle.set(xticks=[0, 1], xticklabels=["FID", "FID-low"], title="(c) the last step")
-    middle.legend(fontsize=8)
+            right.bar(x + offset, statistics.mean(values), 0.38, color=color,
+                      label={"_noisy": "without the last step", "": "with it"}[end] if x == 0 else None)
+            right.plot([x + offset] * len(values), values, "k.", ms=4)
+    right.set(xticks=[0, 1], xticklabels=["FID", "FID-low"], title="(c) the last step", ylim=(0, 36))
+    right.legend(fontsize=8, loc="upper right")
+    names = {DATA: "$\\sigma_1$ from the data", SMALL: "$\\sigma_1 = 1$"}
     for offset, arm, color in ((-0.2, DATA, "C0"), (0.2, SMALL, "C3")):
         classes = zip(*[row["classes"] for row in rows.where(arm=arm, kind="ema", step=steps[-1])])
-        right.bar([k + offset for k in range(10)], [statistics.mean(share) for share in classes], 0.38, color=color,
-                  label=f"sigma_1 {arm}")
-    right.plot(range(10), of_the_test_set(), "k_", ms=12, label="test set")
-    right.set(xticks=range(10), xlabel="digit", ylabel="share of the samples", title="(d) the largest noise")
-    right.legend(fontsize=8)
+        below.bar([k + offset for k in range(10)], [statistics.mean(share) for share in classes], 0.38, color=color,
+                  label=names[arm])
+    below.plot(range(10), of_the_test_set(), "k_", ms=16, label="test set")
+    below.set(xticks=range(10), xlabel="digit", ylabel="share of the samples", title="(d) the largest noise")
+    below.legend(fontsize=8, loc="upper right")
     return save_figure(fig, path)
 
 
 def techniques(claim, path):
     """The overlap against gamma, the variance ratio against the step size, the network's loss at every level."""
-    fig, (left, right, last) = figure(1, 3, width=4.2)
+    fig, ((left, right), (below, corner)) = figure(2, 2, width=4.2, height=3.2)
+    corner.remove()
+    below.set_subplotspec(below.get_gridspec()[1, :])
     mnist = claim.notes["constants"]["mnist"]
     gammas = [1 + k / 1000 for k in range(1, 200)]
     left.plot(gammas, [overlap(gamma, 784) for gamma in gammas])
-    left.plot(spacing(784), 0.5, "o", label=f"gamma = {spacing(784):.4f}")
+    left.plot(spacing(784), 0.5, "o", label=f"$\\gamma$ = {spacing(784):.4f}")
     left.axhline(0.5, color="grey", ls=":", lw=1)
-    left.set(xlabel="gamma", ylabel="overlap of neighbouring levels", title="Technique 2, 784 dimensions")
+    left.set(xlabel="ratio $\\gamma$ of two levels", ylabel="overlap of neighbouring levels",
+             title="Technique 2, 784 dimensions")
     left.legend(fontsize=8)
     steps = [mnist["sigma_L"] ** 2 * 10 ** (-2.5 + k / 80) for k in range(200)]
     for (T, epsilon), color in zip(mnist["epsilon"].items(), ("C0", "C1", "C2")):
         ratio = [variance_ratio(step, mnist["sigma_L"], mnist["gamma"], int(T)) for step in steps]
-        right.plot(steps, ratio, color=color, label=f"T = {T}: {epsilon:.2e}")
+        right.plot(steps, ratio, color=color, label=f"T = {T}: $\\epsilon$ = {epsilon:.2e}")
         right.plot(epsilon, variance_ratio(epsilon, mnist["sigma_L"], mnist["gamma"], int(T)), "o", color=color)
     right.axhline(1, color="grey", ls=":", lw=1)
-    right.set(xscale="log", xlabel="step size", ylabel="variance after a level / $\\sigma_i^2$", ylim=(0.95, 1.3),
-              title="Technique 4")
+    right.set(xscale="log", xlabel="step size $\\epsilon$", ylabel="variance after a level / $\\sigma_i^2$",
+              ylim=(0.95, 1.3), title="Technique 4")
+    ticks(right.xaxis, (1e-6, 1e-5, 1e-4))
     right.legend(fontsize=8)
     sigma = [row["sigma"] for row in claim.notes["by_level"]]
-    last.loglog(sigma, [row["loss"] for row in claim.notes["by_level"]], "o-", label="published network")
-    last.loglog(sigma, [row["mean_image"] for row in claim.notes["by_level"]], "k--", label="the mean image, always")
-    last.axhline(0.5, color="grey", ls=":", lw=1)
-    last.set(xlabel="sigma", ylabel="loss a pixel (dotted: an output of 0)", ylim=(5e-5, 1), title="what was learned")
-    last.legend(fontsize=8)
+    below.loglog(sigma, [row["loss"] for row in claim.notes["by_level"]], "o-", label="published network")
+    below.loglog(sigma, [row["mean_image"] for row in claim.notes["by_level"]], "k--", label="the mean image, always")
+    below.axhline(0.5, color="grey", ls=":", lw=1, label="an output of 0")
+    below.set(xlabel="noise $\\sigma$", ylabel="loss a pixel", ylim=(5e-5, 1), title="what was learned")
+    ticks(below.xaxis, (0.01, 0.1, 1, 10))
+    ticks(below.yaxis, (0.0001, 0.001, 0.01, 0.1, 1))
+    below.legend(fontsize=8)
     return save_figure(fig, path)
 
 

@@ -10,7 +10,7 @@
 import torch
 
 from model import NCSNv2, ScoreNet, from_unit
-from utils import Run, cli, report, save_gif, save_grid, save_npz, save_strip, score
+from utils import Run, cli, report, save_gif, save_grid, save_npz, score
 
 
 # Adapted from lesson_03/sample.py: main -- the step size follows from T; a last denoising step
@@ -61,10 +61,13 @@ def path(ncsn, net, n, steps, generator, frames=30, shape=(1, 28, 28)):
 def figures(run, ncsn, net, x):
     """Two more pictures: chains level by level, and samples above their nearest training images."""
     steps = run.config.sample.steps
-    frames = torch.stack(path(ncsn, net, 8, steps, run.generator(2), 14, x.shape[1:]))       # (frames, 8, C, H, W)
-    run.output(save_strip, [frames[:, i] for i in range(8)], "levels.png")
+    frames = torch.stack(path(ncsn, net, 8, steps, run.generator(2), 14, x.shape[1:])[-12:])       # (12, 8, C, H, W)
+    sigmas = ncsn.sigmas[torch.linspace(0, ncsn.levels - 1, 14).round().long()].tolist()
+    run.output(save_grid, frames.transpose(0, 1).flatten(0, 1), "levels.png", columns=len(frames),
+               across=[*[f"{sigma:.2g}" for sigma in sigmas[-11:]], "end"], down=["chain", "expected"] * 4)
     few, train = x[:12].cpu(), run.images().all()
-    run.output(save_strip, [few, train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]], "neighbours.png")
+    near = train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]
+    run.output(save_grid, torch.cat([few, near]), "neighbours.png", columns=len(few), down=["sample", "nearest"])
 
 
 if __name__ == "__main__":
