@@ -136,16 +136,17 @@ def plot(claim, path):
     for j, key in enumerate(columns):
         if key in claim.notes["chance"]:
             left.plot([j - 0.4, j + 0.4], [claim.notes["chance"][key]] * 2, "k:", lw=1)
-    left.set(xticks=range(len(columns)), ylim=(0, 1), ylabel="share that is right (dotted: chance)",
-             title="captions followed")
+    left.set(xticks=range(len(columns)), ylim=(0, 1.3), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1],
+             ylabel="share that is right (dotted: chance)", title="(a), (b): captions followed")
     left.set_xticklabels(["digit", "thickness", "slant", "both", "all three"])
-    left.legend(fontsize=8, loc="lower left")
-    for i, arm in enumerate(ARMS):
+    left.legend(fontsize=8, loc="upper center", ncols=2)
+    for i, arm in enumerate(ARMS):                     # side by side, for some are equal
         values = claim.rows.values("words", arm=arm)
-        right.plot(range(len(values)), values, "o", color=f"C{i}", label=arm)
-    right.set(xlabel="training seed", ylabel="right words", ylim=(0, 1), title="does the order of words matter?",
-              xticks=list(claim.seeds))
-    right.legend(fontsize=8)
+        right.plot([j + 0.1 * (2 * i - 1) for j in range(len(values))], values, "o", color=f"C{i + 2}", label=arm)
+    right.set(xlabel="training seed", ylabel="share of right words", ylim=(0, 1), xlim=(-0.5, len(values) - 0.5),
+              title="(c): does the order of words matter?", xticks=list(claim.seeds))
+    right.legend(fontsize=8, loc="upper center", ncols=2)
+    right.grid(alpha=0.3)
     return save_figure(fig, path)
 
 
@@ -196,14 +197,15 @@ def looks(found, path):
     fig, axes = figure(len(rows), 1 + len(names), width=1.1, height=1.15)
     for i, (line, (t, x0, weights)) in enumerate(zip(axes, rows)):
         line[0].imshow(x0, cmap="gray", vmin=-1, vmax=1)
-        line[0].set_ylabel(f"t = {t}", fontsize=8)
+        line[0].set_ylabel(f"t = {t}", fontsize=9)
         for ax, name, weight in zip(line[1:], names, weights):
             ax.imshow(weight, cmap="magma", vmin=0, vmax=float(weights[:len(names)].max()))
-            ax.set_xlabel(f"{float(weight.mean()):.2f}", fontsize=7)
+            ax.set_xlabel(f"{float(weight.mean()):.2f}", fontsize=9)
             if i == 0:
-                ax.set_title(name, fontsize=8)
+                ax.set_title(name, fontsize=10)
         for ax in line:
             ax.set(xticks=[], yticks=[])
+    axes[0, 0].set_title("digit expected", fontsize=10)
     return save_figure(fig, path)
 
 

@@ -1,7 +1,7 @@
 """Train text-to-image on MNIST with captions.
 
     python train.py                          the values of config.yaml
-    python train.py unet.layers=0            words that know nothing of each other; --help lists all keys
+    python train.py unet.layers=1            one block of the text encoder instead of two; --help lists all keys
     python train.py --resume                 go on after Ctrl-C or a crash
     torchrun --nproc_per_node 2 train.py     several processes, one model
 """
