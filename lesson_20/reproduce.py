@@ -31,6 +31,7 @@ from utils import (
     published,
     save_figure,
     seeded,
+    ticks,
 )
 
 HEUN, EULER, DDIM = "Heun, EDM levels", "Euler, EDM levels", "Euler, VP levels"
@@ -196,21 +197,26 @@ def loss_by_sigma(run):
 # ------------------------------------------------------------------ pictures
 def plot(claim, path):
     """Four answers: how far from the exact image, how good, which training, and where there is something to learn."""
-    fig, ((upper, right), (lower, last)) = figure(2, 2, width=5.2)
+    fig, ((upper, right), (lower, last)) = figure(2, 2, width=4.2, height=4.2)
     for i, (sampler, row) in enumerate((s, by_sampler(claim.rows).where(sampler=s)) for s in SAMPLERS):
         scored, means = sampler in SCORED, {n: row.mean("distance", calls=n) for n in claim.cfg.calls}
         upper.loglog(list(means), list(means.values()), "o-" if scored else "x:", color=f"C{i}", label=sampler,
                      lw=1.5 if scored else 1)
     upper.set(xlabel="network calls", ylabel=f"RMS to {claim.cfg.long:,} Heun steps", title="(a) distance, same noise",
               ylim=(None, 2))
-    upper.legend(fontsize=6)
+    upper.legend(fontsize=6.5, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.2), frameon=False)
     upper.grid(alpha=0.3)
     lines(right, claim.rows, "calls", "fid", by="sampler")
-    right.axhline(claim.notes["floor"], color="grey", ls=":", lw=1)
-    right.set(xscale="log", yscale="log", xlabel="network calls", ylabel=f"FID (n = {claim.cfg.n}; dotted: floor)",
-              title="(a) FID")
-    dots(lower, claim.rows, "fid", names={arm: arm.replace(", ", ",\n").replace(" (", "\n(") for arm in ARMS})
-    lower.tick_params(axis="x", labelsize=7)
+    right.axhline(claim.notes["floor"], color="grey", ls=":", lw=1, label="floor: real digits")
+    right.set(xscale="log", yscale="log", xlabel="network calls", ylabel=f"FID (n = {claim.cfg.n})", title="(a) FID")
+    right.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.2), frameon=False)
+    ticks(upper.xaxis, claim.cfg.calls)
+    ticks(upper.yaxis, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2))
+    ticks(right.xaxis, [*claim.cfg.calls, claim.cfg.converged])
+    ticks(right.yaxis, (0.5, 1, 2, 3, 4, 6))
+    dots(lower, claim.rows, "fid", names={arm: arm.replace(", ", ",\n").replace(" (", "\n(").replace(" prec", "\nprec")
+                                          for arm in ARMS})
+    lower.tick_params(axis="x", labelsize=8)
     lower.set(ylabel="FID, a dot a seed", title=f"(b) {claim.cfg.arm_steps} training steps")
     table, training = claim.notes["loss_by_sigma"], claim.notes["log_normal"]
     sigma = [row["sigma"] for row in table]
@@ -219,8 +225,9 @@ def plot(claim, path):
         last.semilogx(sigma, [row[key] for row in table], style, ms=3, label=label)
     density = [math.exp(-0.5 * ((math.log(s) - training["p_mean"]) / training["p_std"]) ** 2) for s in sigma]
     last.fill_between(sigma, density, color="grey", alpha=0.2, label="how often it is trained")
-    last.set(xlabel="sigma", ylabel="loss", ylim=(0, 4), title="(c) loss by noise level")
-    last.legend(fontsize=7)
+    last.set(xlabel="noise level sigma", ylabel="loss", ylim=(0, 4), title="(c) loss by noise level")
+    ticks(last.xaxis, (0.002, 0.02, 0.2, 2, 20, 80))
+    last.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.2), frameon=False)
     last.grid(alpha=0.3)
     return save_figure(fig, path)
 
@@ -230,15 +237,15 @@ def plot_paths(_, path, top=3.0, steps=400):
     def denoise(x, sigma):
         return 0.5 * torch.tanh(0.5 * x / sigma ** 2)   # E[y | x] of two points
 
-    fig, axes = figure(1, 3, width=3.6)
+    fig, axes = figure(1, 3, width=2.8)
     noise = torch.linspace(-2.2, 2.2, 12, dtype=torch.float64)
     sigmas = torch.cat([torch.linspace(top, 0.01, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
-    for ax, (key, title) in zip(axes, (("vp", "VP: sigma from DDPM, s < 1"), ("ve", "VE: sigma = sqrt(t)"),
+    for ax, (key, title) in zip(axes, (("vp", "VP: s below 1"), ("ve", "VE: sigma = sqrt(t)"),
                                        ("edm", "EDM: sigma = t"))):
         plan, t = SCHEDULES[key], SCHEDULES[key].time(sigmas)
         y = torch.stack([noise * top, *(x for _, x, _ in ode_sampler(denoise, noise, sigmas, key))])    # (N + 1, 12)
         ax.plot(t, y * plan.scale(t)[:, None], color="C0", lw=0.9)
-        ax.set(xlabel="t", ylabel="x" if key == "vp" else "", title=title)
+        ax.set(xlabel="time t (0: data)", ylabel="state x" if key == "vp" else "", title=title)
         ax.grid(alpha=0.3)
     return save_figure(fig, path)
 

@@ -8,7 +8,7 @@
 import torch
 
 from model import EDM, UNet
-from utils import Run, UserError, cli, device_of, report, save_gif, save_grid, save_npz, save_strip, score, seeded
+from utils import Run, UserError, cli, device_of, report, save_gif, save_grid, save_npz, score, seeded
 
 
 def main(argv=None):
@@ -72,13 +72,13 @@ def denoising(edm, net, n, generator, sigmas, frames=30, shape=(1, 28, 28), **ho
 def figures(run, edm, net, shape):
     """Two more pictures: what the denoiser sees and gives by sigma, and the same start with more and more churn."""
     y = edm.standardise(run.images(split="test", limit=5).all()[-1:].to(run.device).expand(9, -1, -1, -1))
-    sigma = torch.tensor([0.02, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0, 80.0], device=run.device)
+    sigma = torch.tensor(levels := [0.02, 0.1, 0.2, 0.5, 1, 2, 5, 20, 80], device=run.device)
     y = y + sigma[:, None, None, None] * torch.randn(y.shape, generator=run.generator(2)).to(run.device)
-    clean = edm.to_image(edm.denoise(net, y, sigma))
-    run.output(save_strip, [scaled(edm, y, sigma[:, None, None, None]), clean], "denoised.png", scale=3)
+    pairs = torch.cat([scaled(edm, y, sigma[:, None, None, None]), edm.to_image(edm.denoise(net, y, sigma))])
+    run.output(save_grid, pairs, "denoised.png", columns=9, scale=3, across=levels, down=["x, scaled", "D(x)"])
     seed, levels = run.settings.seed, edm.levels(40)
-    rows = [draw(edm, net, 12, seed, 12, levels, shape, churn=churn) for churn in (0.0, 1.0, 4.0, 16.0)]
-    run.output(save_strip, rows, "churn.png")
+    rows = {f"churn={c:g}": draw(edm, net, 12, seed, 12, levels, shape, churn=c) for c in (0.0, 1.0, 4.0, 16.0)}
+    run.output(save_grid, torch.cat(list(rows.values())), "churn.png", columns=12, down=rows)
 
 
 if __name__ == "__main__":
