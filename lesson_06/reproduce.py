@@ -36,6 +36,7 @@ from utils import (
     published,
     save_figure,
     save_strip,
+    ticks,
 )
 
 
@@ -213,18 +214,27 @@ def interpolation(run):
 # ------------------------------------------------------------------ pictures
 def plot(claim, path):
     """Three answers: how both distances fall with the number of steps, and the error of there and back."""
-    fig, axes = figure(1, 3, width=4.2)
-    for ax, (key, name) in zip(axes, FIDS.items()):
+    fig, axes = figure(2, 2, width=4.4)
+    calls = sorted({*claim.cfg.counts, claim.cfg.long})
+    for ax, (key, name) in zip(axes[0], FIDS.items()):
         lines(ax, claim.rows, "steps", key, seed=0, change=CLAIM)
         ax.axhline(claim.notes["floor"][key], color="grey", ls=":", lw=1)
-        ax.set(xscale="log", yscale="log", xlabel="network calls an image", title=f"{name}, n = {claim.cfg.n}",
+        ax.set(xscale="log", yscale="log", xlabel="network calls an image", title=f"(a), (b) {name}, n = {claim.cfg.n}",
                ylabel=f"{name} (dotted: floor)")
-    for of_set in claim.rows.unfold("error", "seed").by("seed", "error", steps=claim.cfg.reconstruct[0]):
-        error = [(row["steps"], row["error"]) for row in claim.rows.unfold("error", "seed").where(seed=of_set)]
-        axes[2].plot(*zip(*sorted(error)), "o-", ms=4)
-    axes[2].set(xscale="log", yscale="log", xlabel="steps each way", ylabel="squared error, pixels in [0, 1]",
-                title="there and back, sets of images")
-    axes[2].grid(alpha=0.3)
+        ticks(ax.xaxis, calls)
+        ticks(ax.yaxis, [place for place in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if ax.get_ylim()[0] < place
+                         < ax.get_ylim()[1]])
+    back, empty = axes[1]
+    sets = claim.rows.unfold("error", "seed")
+    for i, of_set in enumerate(sets.by("seed", "error", steps=claim.cfg.reconstruct[0])):
+        error = [(row["steps"], row["error"]) for row in sets.where(seed=of_set)]
+        back.plot(*zip(*sorted(error)), "o-", ms=4, label=f"set of images {i + 1}")
+    back.set(xscale="log", yscale="log", xlabel="steps each way", ylabel="squared error, pixels in [0, 1]",
+             title="(c) there and back")
+    ticks(back.xaxis, claim.cfg.reconstruct)
+    back.grid(alpha=0.3)
+    back.legend(fontsize=8)
+    empty.set_axis_off()
     return save_figure(fig, path)
 
 
@@ -240,9 +250,10 @@ def plot_factors(claim, path):
     ax.axvline(1, color="grey", lw=1)
     ax.set(xscale="log", yticks=range(len(FACTORS)), yticklabels=list(FACTORS),
            xlabel=f"eta = 0 over eta = 1, {claim.cfg.few} steps (left: eta = 0 is better)")
+    ticks(ax.xaxis, (0.2, 0.5, 1, 2, 4))
     ax.invert_yaxis()
     ax.grid(alpha=0.3, axis="x", which="both")
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="lower left")
     return save_figure(fig, path)
 
 
