@@ -30,13 +30,17 @@ from utils import (
     figure,
     save_figure,
     save_gif,
-    save_strip,
+    save_grid,
     seeded,
+    ticks,
 )
 
 TARGETS = ("x0", "noise", "score")
 STEPS = (5, 10, 20, 50, 100, 200, 500, 1000)
 SHARE = 0.8                                            # of the large cloud
+VISITED = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)           # shares of T at which a digit dissolves
+SEEN = ["noised digit", "exact guess", "network's guess"]                      # the rows of that picture
+COPIES = ["exact denoiser", "nearest image", "network", "nearest image"]       # the rows of memorisation.png
 
 
 def main(argv=None):
@@ -70,8 +74,9 @@ def main(argv=None):
     claim.note("small_steps", small_steps(diffusion))
     strips = [strip for of in ("exact denoiser", "network") for strip in copies.where(of=of, seed=0)[0]["strips"]]
     noise, roll = (load(arm_weights(run, arm)) for arm in ("noise", "swiss_roll"))
-    run.output(save_strip, strips, "memorisation.png")
-    run.output(save_strip, dissolving(run), "dissolving.png", scale=3)
+    run.output(save_grid, torch.cat(strips), "memorisation.png", columns=12, down=COPIES)
+    run.output(save_grid, torch.cat(dissolving(run)), "dissolving.png", columns=len(VISITED), down=SEEN,
+               across=["t = 0", *spread(diffusion, *VISITED)[1:]])
     run.output(plot_small_steps, claim, "small_steps.png")
     run.output(plot_score_field, (diffusion, noise), "score_field.png")
     run.output(save_gif, particles(diffusion, roll), "particles.gif", columns=2, seconds=8)
@@ -164,7 +169,7 @@ def nearest(run, of, seed):
     images, _ = digits("train").first(cfg.images)
     x = diffusion.sample(net, cfg.samples, cfg.sample_steps, (1, 28, 28), seeded(seed))
     distance, index = nearest_image(x, images)
-    return {"distance": distance.median().item(), "strips": [x[:14], images[index[:14]]]}
+    return {"distance": distance.median().item(), "strips": [x[:12], images[index[:12]]]}
 
 
 def nearest_image(x, images):
@@ -177,7 +182,7 @@ def dissolving(run):
     """A test digit at more and more noise, and under it what the exact denoiser and the network expect behind it."""
     x0, (diffusion, _) = digits("test").first(1)[0], denoiser(run, "exact denoiser", 0)
     eps = torch.randn(x0.shape, generator=seeded(1))
-    times = spread(diffusion, 0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+    times = spread(diffusion, *VISITED)
     noisy = [diffusion.q_sample(x0, at(t, x0), eps) for t in times]
     rows = [torch.cat(noisy)]
     for of in ("exact denoiser", "network"):
@@ -243,27 +248,33 @@ def small_steps(diffusion):
 # ------------------------------------------------------------------ pictures
 def plot(claim, path):
     """The three claims."""
-    fig, (left, middle, right) = figure(1, 3, width=4.2)
+    fig, ((left, right), (below, corner)) = figure(2, 2, width=4.2, height=3.2)
+    corner.remove()
+    below.set_subplotspec(below.get_gridspec()[1, :])
     for key, mark in (("mean", "o"), ("variance", "x")):
         drawn = claim.notes["drawn"]
         left.plot([row["t"] + 1 for row in drawn], [row[f"{key}_z"] for row in drawn], mark, label=key)
     left.set(xscale="log", ylim=(-5, 5), xlabel="steps of noise", ylabel="error, standard errors",
              title="(a) the chain, drawn, against its closed form")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper center")
     shares = claim.rows.by("steps", "share")
     for steps, values in shares.items():
-        middle.plot([steps] * len(values), values, "o", color="C0", ms=4)
-    middle.plot(list(shares), [statistics.mean(values) for values in shares.values()], color="C0")
-    middle.axhspan(SHARE - 0.02, SHARE + 0.02, color="grey", alpha=0.15)
-    middle.set(xscale="log", xlabel="steps of the walk back", ylabel="share of the large cloud",
-               title="(b) exact denoiser, weight 0.8")
+        right.plot([steps] * len(values), values, "o", color="C0", ms=4, label="a seed" if steps == 5 else None)
+    right.plot(list(shares), [statistics.mean(values) for values in shares.values()], color="C0", label="their mean")
+    right.axhspan(SHARE - 0.02, SHARE + 0.02, color="grey", alpha=0.15, label="0.80 $\\pm$ 0.02")
+    right.set(xscale="log", xlabel="steps of the walk back", ylabel="share of the large cloud",
+              title="(b) exact denoiser, weight 0.8")
+    right.legend(fontsize=8, loc="upper right")
     distances = {"test images": [claim.notes["test_images"]], **claim.rows.by("of", "distance")}
     for i, values in enumerate(distances.values()):
-        right.plot([i] * len(values), values, "o", color=f"C{i}", ms=6)
-    right.set_xticks(range(3), list(distances))
-    right.set(yscale="log", ylabel="distance, RMS over pixels", xlim=(-0.5, 2.5),
-              title="(c) to the nearest training image")
-    for ax in (left, middle, right):
+        below.plot(values, [i] * len(values), "o", color=f"C{i}", ms=6)
+    below.set_yticks(range(3), ["test images", "samples of the\nexact denoiser", "samples of\na network"])
+    below.set(xscale="log", xlabel="distance to the nearest training image, RMS over pixels", ylim=(2.5, -0.5),
+              title="(c) copies?")
+    ticks(left.xaxis, (1, 10, 100, 1000))
+    ticks(right.xaxis, (5, 10, 20, 50, 100, 200, 500, 1000))
+    ticks(below.xaxis, (1e-7, 1e-6, 1e-5, 0.0001, 0.001, 0.01, 0.1, 1))
+    for ax in (left, right, below):
         ax.grid(alpha=0.3)
     return save_figure(fig, path)
 
@@ -272,18 +283,24 @@ def plot_small_steps(claim, path):
     """The exact reverse step at one x_t for a short, two longer and the longest step; and the KL over beta."""
     diffusion, rows = process(claim.run), claim.notes["small_steps"]
     data, grid = two_spikes(diffusion), torch.linspace(-1.6, 1.6, 1601, dtype=torch.float64)
-    fig, axes = figure(1, 5, width=2.9, height=2.9)
+    fig, axes = figure(2, 3, width=2.8, height=2.6)
+    bells, last = axes.flatten()[:4], axes[1, 1]
+    axes[1, 2].remove()
+    last.set_subplotspec(last.get_gridspec()[1, 1:])
     t, xt = rows[0]["t"], torch.tensor([0.1], dtype=torch.float64)
-    for ax, row in zip(axes, [rows[0], rows[len(rows) // 2], rows[-2], rows[-1]]):
+    for ax, row in zip(bells, [rows[0], rows[len(rows) // 2], rows[-2], rows[-1]]):
         exact, gauss = reverse_density(diffusion, data, xt, t, row["s"], grid)
         ax.fill_between(grid, exact, color="C0", alpha=0.4, lw=0, label="exact")
         ax.plot(grid, gauss, "k--", lw=1, label="Gaussian")
         ax.set(title=f"{t} $\\to$ {row['s']}, $\\beta$ = {row['beta']:.3f}", xlabel="$x_s$", yticks=[], ylim=(0, None))
-    axes[0].legend(fontsize=7, loc="upper left")
-    axes[0].set_ylabel(f"$q(x_s | x_t = {xt.item()})$")
-    axes[-1].loglog([row["beta"] for row in rows], [row["kl"] for row in rows], "o-")
-    axes[-1].set(xlabel="$\\beta$ of the step", title="KL from a Gaussian")
-    axes[-1].grid(alpha=0.3)
+    bells[0].legend(fontsize=8, loc="upper left")
+    for ax in axes[:, 0]:
+        ax.set_ylabel(f"$q(x_s | x_t = {xt.item()})$")
+    last.loglog([row["beta"] for row in rows], [row["kl"] for row in rows], "o-")
+    last.set(xlabel="$\\beta$ of the step", ylabel="KL divergence", title="how far from a Gaussian?")
+    ticks(last.xaxis, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5))
+    ticks(last.yaxis, (1e-8, 1e-6, 0.0001, 0.01, 1))
+    last.grid(alpha=0.3)
     return save_figure(fig, path)
 
 
