@@ -34,8 +34,9 @@ from utils import (
     lines,
     published,
     save_figure,
-    save_strip,
+    save_grid,
     seeded,
+    ticks,
 )
 
 MODELS = ("1-rf", "2-rf", "distilled")
@@ -161,7 +162,9 @@ def transfer(run):
             back = flow.sample(net, eights[:12], steps=20, backward=True)[0]
             result["back, 2-rf, 20"] = {"threes": float((classify(
                 carry(flow, net, eights, steps=20, backward=True)[0])[0] == 3).float().mean())}
-    run.output(save_strip, [*z[::4].cpu(), x[:12].cpu(), eights[:12].cpu(), back.cpu()], "transfer.png")
+    run.output(save_grid, torch.cat([*z[::4].cpu(), x[:12].cpu(), eights[:12].cpu(), back.cpu()]), "transfer.png",
+               columns=12, down=["threes", *(f"2-rf, step {i} of 20" for i in (4, 8, 12, 16, 20)), "distilled, 1 step",
+                                 "eights", "2-rf, backwards"])
     return result
 
 
@@ -223,28 +226,40 @@ def pictures(run):
         rows += [flow.sample(net, z0, steps=steps)[0].cpu() for steps in (1, 2, 5, 20)]
         z = flow.path(net, z0, 50)[0]
         ax.plot(torch.linspace(0, 1, 51), z[:, :, 0, 14, 14].cpu(), lw=1)
-        ax.set(xlabel="t", ylabel="value of a pixel in the middle", title=model)
+        ax.set(xlabel="time t, from noise (0) to data (1)", ylabel="value of a pixel in the middle", title=model)
     run.output(save_figure, fig, "flow_lines.png")
     flow, net = network(run, "distilled")
     one, images = flow.sample(net, z0)[0].cpu(), digits("train").first(60_000)[0]
-    run.output(save_strip, [*rows, one], "few_steps.png")
-    run.output(save_strip, [one, images[torch.cdist(one.flatten(1), images.flatten(1)).argmin(1)]], "neighbours.png")
+    near = images[torch.cdist(one.flatten(1), images.flatten(1)).argmin(1)]
+    run.output(save_grid, torch.cat([*rows, one]), "few_steps.png", columns=12, down=[
+        *(f"{model}, {steps} step{'s' * (steps > 1)}" for model in MODELS[:2] for steps in (1, 2, 5, 20)),
+        "distilled, 1 step"])
+    run.output(save_grid, torch.cat([one, near]), "neighbours.png", columns=12, down=["distilled", "nearest of 60,000"])
 
 
 def plot(claim, path):
     """Three answers: FID by calls, straightness, transport cost; a dot is a seed."""
-    fig, (left, middle, right) = figure(1, 3, width=4.2)
+    fig, ((left, right), (lower, rest)) = figure(2, 2, width=4.2, height=3.4)
     fid = [row for row in claim.rows.unfold("fid", "calls") if row["arm"] != "distilled" or row["calls"] == 1]
     lines(left, Rows(fid), "calls", "fid")
-    left.axhline(claim.notes["floor"], color="grey", ls=":", lw=1)
-    left.set(xscale="log", yscale="log", xlabel="network calls (Euler)", title="how many calls?",
-             ylabel=f"FID, n = {claim.cfg.n} (dotted: floor)")
-    dots(middle, claim.rows, "S")
-    middle.set(ylim=(0, None), ylabel="S", title="how straight?")
+    left.axhline(claim.notes["floor"], color="grey", ls=":", lw=1, label="floor: real digits")
+    left.set(xscale="log", yscale="log", xlabel="network calls (Euler)", title="(a) to (c): how many calls?",
+             ylabel=f"FID (n = {claim.cfg.n})")
+    ticks(left.xaxis, claim.cfg.calls)
+    ticks(left.yaxis, (0.5, 1, 2, 5, 10, 20, 50, 100))
+    dots(right, claim.rows, "S")
+    right.set(ylim=(0, None), ylabel="straightness S", title="(d) how straight? 0 is straight")
     random = [{"arm": "random pairs", "seed": row["seed"], "cost": row["cost_random"]}
               for row in claim.rows.where(arm="1-rf")]
-    dots(right, Rows([*random, *claim.rows]), "cost")
-    right.set(ylim=(0, None), ylabel="mean of ||z1 - z0||^2", title="how far?")
+    cost = Rows([*random, *claim.rows])
+    for i, (name, values) in enumerate(cost.by("arm", "cost").items()):     # the colours of the other panels
+        lower.plot([i] * len(values), values, "o", ms=5, color=f"C{i - 1}" if i else "grey")
+    lower.set(xticks=range(i + 1), xticklabels=list(cost.by("arm", "cost")), xlim=(-0.5, i + 0.5),
+              ylim=(0, 1.1 * max(row["cost"] for row in cost)), ylabel="mean of ||z1 - z0||^2", title="(e) how far?")
+    lower.grid(alpha=0.3)
+    rest.axis("off")
+    rest.legend(*left.get_legend_handles_labels(), loc="center", fontsize=11, frameon=False)
+    left.get_legend().remove()
     return save_figure(fig, path)
 
 
