@@ -42,7 +42,7 @@ from utils import (
     pooled,
     published,
     save_figure,
-    save_strip,
+    save_grid,
     seeded,
     to_float,
 )
@@ -308,21 +308,19 @@ def pictures(run):
             hows = [way(run, model, w) for w in SLIDER]
             rows.append(torch.cat([flow.sample(velocity(net, words, [said], how), noise, flow.grid(how.steps, 49))
                                    for how in hows]).cpu())
-    run.output(save_strip, rows, "slider.png")
-    fig, axes = figure(2, 1, width=7, height=1.6)
-    for ax, (arm, network_class) in zip(axes, {"rotary": Flux, "table": TableFlux}.items()):
+    run.output(save_grid, torch.cat(rows), "slider.png", columns=len(SLIDER),
+               across=[f"w = {w:g}" for w in SLIDER], down=["student, 1 pass", "", "teacher, 2 passes", ""])
+    said, w, rows = ["a thick 7", "a wide 0", "a thin 3", "a 5", "a thick 4", "a 2"], run.config.reproduce.width, []
+    for arm, network_class in {"rotary": Flux, "table": TableFlux}.items():
         flow, net, words = loaded(run, arm_weights(run, arm), Flux=network_class)
-        said, w = ["a thick 7", "a wide 0", "a thin 3", "a 5", "a thick 4", "a 2"], run.config.reproduce.width
-        x = draw(flow, net, words, said, way(run, "teacher", 3.0), seeded(1), width=w)
-        ax.imshow(torch.cat(list(F.pad(x[:, 0], (1, 1), value=1.0)), dim=1).cpu(), cmap="gray", vmin=-1, vmax=1)
-        ax.set(xticks=[], yticks=[], ylabel=arm)
-    run.output(save_figure, fig, "wide.png")
+        rows.append(draw(flow, net, words, said, way(run, "teacher", 3.0), seeded(1), width=w).cpu())
+    run.output(save_grid, torch.cat(rows), "wide.png", columns=len(said), across=said, down=["rotary", "table"])
     run.output(turns, network(run)[1].transformer.axes, "rope.png")
 
 
 def turns(axes, path):
     """Left: the first pairs of two axes, turned patch by patch. Right: the score of equal vectors, by their offset."""
-    fig, (left, middle, right) = figure(1, 3, width=3.6, height=3.2)
+    fig, (left, middle, right) = figure(1, 3, width=2.9, height=2.9)
     for ax, axis, name in ((left, 1, "row"), (middle, 2, "column")):
         start = sum(axes[:axis]) // 2
         for pair in range(min(2, axes[axis] // 2)):
@@ -332,8 +330,8 @@ def turns(axes, path):
             ax.plot(z.real, z.imag, "o-", ms=4, lw=0.7, label=f"pair {pair}")
             for i, point in enumerate(z):
                 ax.annotate(str(i), (point.real, point.imag), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        ax.set(title=f"turned by the {name}", xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
-        ax.legend(fontsize=7, loc="lower right")
+        ax.set(title=f"turned by the {name}", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
+        ax.legend(fontsize=7, loc="center", bbox_to_anchor=(0.42, 0.42))
     score = rotations(positions(13, 13) - torch.tensor([0, 6, 6]), axes).real.mean(1).reshape(13, 13)
     shown = right.imshow(score, extent=(-6.5, 6.5, 6.5, -6.5), cmap="magma")
     right.set(xlabel="columns between them", ylabel="rows", title="score of two equal vectors")
