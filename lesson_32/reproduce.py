@@ -326,8 +326,8 @@ def by_t(run):
 
 
 def plot(claim, path):
-    """Three answers: FID by steps, FID by validation loss, the validation loss of the two networks."""
-    fig, (left, middle, right) = figure(1, 3, width=4.2)
+    """Four answers: FID by steps, FID by validation loss, the validation loss of the networks, captions followed."""
+    fig, ((left, middle), (right, last)) = figure(2, 2, width=4.0, height=3.3)
     fid = claim.rows.unfold("fid", "steps")
     lines(left, fid, "steps", "fid")
     left.set(xscale="log", xlabel="steps = network calls", title="(a) which formulation?",
@@ -342,6 +342,16 @@ def plot(claim, path):
     middle.grid(alpha=0.3)
     dots(right, claim.rows, "validation", names={OURS: "MMDiT", SHALLOW: f"{CROSS},\nas many blocks"})
     right.set(ylabel="validation loss", title="(c) two streams or one?")
+    asked = {"held out": "held out", "seen": "seen", "held out, w = 1": "held out,\nw = 1"}
+    for i, key in enumerate(("accuracy", "thickness", "slant")):
+        for k, kind in enumerate(asked):
+            values = claim.rows.values(key, captions=kind)
+            last.plot([k + 0.2 * (i - 1)] * len(values), values, "o", color=f"C{i}", ms=5,
+                      label=None if k else {"accuracy": "digit"}.get(key, key))
+    last.set_xticks(range(len(asked)), asked.values())
+    last.set(ylabel="share right", ylim=(0, 1.04), title="(d) are captions followed?")
+    last.legend(fontsize=8, loc="lower left")
+    last.grid(alpha=0.3)
     return save_figure(fig, path)
 
 
@@ -379,17 +389,19 @@ def plot_attention(run, path):
     net(RectifiedFlow().q_sample(x0, half, n), 1000 * half, c)
     for hook in hooks:
         hook.remove()
-    fig, axes = figure(1, len(maps), width=4.0, height=4.6)
+    fig, axes = figure(math.ceil(len(maps) / 2), 2, width=4.2, height=4.3)
     length = c.shape[2]
     names = ["start", *said[0].split()]
-    for i, (ax, one) in enumerate(zip(axes, maps)):
+    for i, (ax, one) in enumerate(zip(axes.flat, maps)):
         ax.imshow(one.clamp(min=1e-4).log10(), vmin=-3.5, vmax=-0.5, cmap="viridis")
         ax.axhline(length - 0.5, color="white", lw=1)
         ax.axvline(length - 0.5, color="white", lw=1)
         share = one[length:, :length].sum(1).mean()
-        ax.set_title(f"block {i + 1}: image gives text {100 * share:.0f} %", fontsize=9)
-        ax.set_xticks(range(len(names)), names, rotation=90, fontsize=5)
-        ax.set_yticks(range(len(names)), names, fontsize=5)
+        ax.set_title(f"block {i + 1}: image gives text {100 * share:.0f} %", fontsize=11)
+        places = [(length - 1) / 2, (length + len(one) - 1) / 2]
+        ax.set_xticks(places, [f"text\n{len(names)} words, padding", "image, 49 patches"], fontsize=9)
+        ax.set_yticks(places, ["text", "image"], rotation=90, va="center", fontsize=9)
+        ax.set(xlabel="is seen" if i >= len(maps) - 2 else None, ylabel=None if i % 2 else "looks")
     return save_figure(fig, path)
 
 
