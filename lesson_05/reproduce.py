@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import train
 from model import DDPM, UNet, image
 from sample import draw
-from utils import Arm, Claim, cli, digits, fid_to_test, figure, floor, published, save_figure, seeded
+from utils import Arm, Claim, cli, digits, fid_to_test, figure, floor, published, save_figure, seeded, ticks
 
 
 # ------------------------------------------------------------------ the arms of Table 2
@@ -143,25 +143,36 @@ def another_is_shorter(table):
 
 
 def plot(claim, path):
-    """Three answers: which arm draws best, where the bits go, and at which t the bound is paid."""
-    fig, (left, middle, right) = figure(1, 3, width=4.2)
+    """Four answers: which arm draws best, what the bits buy, at which t they are paid, and what clipping does."""
+    fig, axes = figure(2, 2, width=4.2)
+    (left, code), (paid, clipped) = axes
     for i, arm in enumerate(ARMS):
         fid, bits = (torch.tensor(claim.rows.values(key, arm=arm)) for key in ("fid", "bits"))
         if bool((fid + bits).isfinite().all()):        # one that diverged has no point to draw
             left.errorbar(bits.mean(), fid.mean(), fid.std(correction=0), bits.std(correction=0), fmt="o",
                           color=f"C{i}", label=arm)
     left.axhline(claim.notes["floor"], color="grey", ls=":", lw=1)
-    left.set(xlabel="bound, bits/dim", ylabel=f"FID (n = {claim.cfg.n}; dotted: floor)", yscale="log",
-             title="(a) objective and target")
-    left.legend(fontsize=8)
+    left.set(xlabel="bound, bits/dim", ylabel=f"FID (n = {claim.cfg.n}; dotted: floor)", xscale="log", yscale="log",
+             title="(a) prediction and objective")
+    ticks(left.xaxis, [2, 5, 10, 20, 50, 100])
+    ticks(left.yaxis, [0.5, 2, 5, 20, 50, 200])
+    left.legend(fontsize=8, loc="center right")
     best = claim.notes["rate_distortion"][claim.claims["b"]["variance"]]
-    middle.plot(best["rate"], best["rmse"])
-    middle.axhline(0.05 * 255, color="grey", ls=":", lw=1)
-    middle.set(xlabel="rate before L_0, bits/dim", ylabel="RMSE of x_0, of 255", title="(b) rate and distortion")
-    right.plot(range(1, 1 + len(best["term_by_t"])), best["term_by_t"])
-    right.set(xscale="log", yscale="log", xlabel="t (as the paper counts, from 1)", ylabel="L_{t-1}, bits/dim",
-              title="where the bound is paid")
-    for ax in (left, middle, right):
+    code.plot(best["rate"], best["rmse"])
+    code.axhline(0.05 * 255, color="grey", ls=":", lw=1)
+    code.set(xlabel="rate before L_0, bits/dim", ylabel="RMSE of x_0, of 255", title="(b) rate and distortion")
+    paid.plot(range(1, 1 + len(best["term_by_t"])), best["term_by_t"])
+    paid.set(xscale="log", yscale="log", xlabel="t (as the paper counts, from 1)", ylabel="L_{t-1}, bits/dim",
+             title="where the bound is paid")
+    ticks(paid.xaxis, [1, 10, 100, 1000])
+    for i, variance in enumerate(VARIANCES):
+        pairs = zip(*(claim.rows.values("fid", variance=variance, clip=clip) for clip in (True, False)))
+        for j, pair in enumerate(pairs):
+            clipped.plot([0, 1], pair, "o-", color=f"C{i}", label=None if j else f"variance={variance}")
+    clipped.set(xticks=[0, 1], xticklabels=["clipped", "not clipped"], xlim=(-0.3, 1.3), ylim=(0, None),
+                ylabel=f"FID (n = {claim.cfg.n})", title="(c) clipping x_0")
+    clipped.legend(fontsize=8, loc="lower right")
+    for ax in axes.flat:
         ax.grid(alpha=0.3)
     return save_figure(fig, path)
 
