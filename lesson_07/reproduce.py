@@ -26,7 +26,7 @@ import torch
 
 import train
 from model import EPS, SDE, VE, UNet, bits_per_dim, dequantise, quantise, wide
-from sample import Counted, draw
+from sample import Counted, draw, stop_after
 from utils import (
     Claim,
     arm_weights,
@@ -39,8 +39,9 @@ from utils import (
     floor,
     pooled,
     save_figure,
-    save_strip,
+    save_grid,
     seeded,
+    ticks,
 )
 
 NETWORKS = {"vp": ("weights.safetensors", ["sde.kind=vp"]),
@@ -63,7 +64,10 @@ def main(argv=None):
         return claim.finish()
     claim.note("floor", {str(n): floor(n) for n in (cfg.n, cfg.long_n)})
     run.output(plot_flow, None, "flow.png")
-    run.output(save_strip, interpolation(run), "interpolation.png")
+    run.output(save_grid, interpolation(run), "interpolation.png", columns=11,
+               across=["image", *(f"{i}/8" for i in range(9)), "image"])
+    run.output(save_grid, inpainting(run), "inpainting.png", columns=10,
+               down=["known", *(f"filled in, {i}" for i in ("first", "second", "third")), "the image"])
     return claim.finish(plot=plot, n=cfg.n)
 
 
@@ -213,7 +217,7 @@ def arms(claim):
                 paper="lower at equal calls (Table 1, CIFAR-10)", holds=rows.below("both", "predictor", "fid", **same))
     claim.judge("c2", "At equal calls, predictor and corrector together have a lower FID than the corrector alone (VE)",
                 paper="lower at equal calls (Table 1, CIFAR-10)", holds=rows.below("both", "corrector", "fid", **same))
-    claim.run.output(save_strip, [rows.where(arm=arm, seed=0, **same)[0]["x"] for arm in ARMS], "arms.png")
+    claim.run.output(plot_arms, [rows.where(arm=arm, seed=0, **same)[0]["x"] for arm in ARMS], "arms.png")
 
 
 def measure_arm(run, kind, arm, calls, seed):
@@ -330,15 +334,50 @@ def interpolation(run):
     z = sde.encode(net, dequantise(x0, seeded(0)), tol, tol)
     mixed = torch.stack([slerp(z[:4], z[4:], w) for w in torch.linspace(0, 1, 9).tolist()], 1)           # (4, 9, ...)
     x = quantise(sde.solve(net, mixed.flatten(0, 1), 1.0, EPS, tol, tol)).unflatten(0, (4, 9))
-    return [torch.cat([a[None], row, b[None]]) for a, row, b in zip(x0[:4], x, x0[4:])]
+    return torch.cat([torch.cat([a[None], row, b[None]]) for a, row, b in zip(x0[:4], x, x0[4:])])
+
+
+class Known:
+    """A network that is shown the known pixels of an image wherever they belong: imputation, Sec. 5 and App. I.2.
+
+    y      the image, (B, C, H, W); of its unknown pixels nothing is used
+    known  which pixels are known, a mask (1, 1, H, W)
+    """
+    def __init__(self, sde, net, y, known, generator=None):
+        self.sde, self.net, self.y, self.known, self.generator = sde, net, y, known, generator
+
+    def __call__(self, x, label):
+        t = label / 999
+        z = torch.randn(self.y.shape, generator=self.generator).to(x)
+        noised = self.sde.noising.network_input(self.sde.q_sample(self.y, t, z), t)
+        return self.net(torch.where(self.known, noised, x), label)
+
+
+def inpainting(run):
+    """Ten test images of which the upper half is known: that half, three ways to go on from it, and the images."""
+    sde, net = network(run, "vp")
+    x0, steps = test_images(run, 0, 10), run.config.sample.steps
+    stop_after(sde, steps)
+    y, known = dequantise(x0, seeded(0)), (torch.arange(28) < 14)[None, None, :, None].to(run.device)
+    rows = [torch.where(known, x0, -0.3)]
+    for seed in range(3):
+        shown, start = Known(sde, net, y, known, seeded(10 + seed)), sde.prior(y.shape, seeded(seed)).to(run.device)
+        *_, (_, x, _) = sde.reverse(shown, start, steps, generator=seeded(20 + seed))
+        rows.append(quantise(torch.where(known, y, x)))
+    return torch.cat([*rows, x0])
+
+
+def plot_arms(rows, path):
+    """A row of samples for each arm, beside its name."""
+    return save_grid(torch.cat(rows), path, columns=len(rows[0]), down=ARMS)
 
 
 def plot_flow(_, path):
     """Data of three points' width in one dimension: do the SDE and the ODE fill the same densities?"""
     means, share, width = torch.tensor([-0.7, 0.1, 0.8]), torch.tensor([0.3, 0.5, 0.2]), 0.08
-    fig, axes = figure(2, 3, width=4.4, height=2.6)
+    fig, axes = figure(3, 2, width=4.2, height=2.4)
     grid, times = torch.linspace(-1, 1, 241), torch.linspace(EPS, 1, 200)
-    for column, kind in zip(range(3), ("vp", "subvp", "ve")):
+    for i, (kind, title) in enumerate({"vp": "VP", "subvp": "sub-VP", "ve": "VE"}.items()):
         sde = SDE(kind, sigma_max=2.0)             # a small sigma_max, or nothing of VE's data could be seen
         view = {"ve": 5.0}.get(kind, 2.6)
 
@@ -363,13 +402,12 @@ def plot_flow(_, path):
             here = sde.solve(net, here, a, b, 1e-5, 1e-5)
             flow.append(here)
         stops = torch.linspace(1, sde.sampling_eps, 200)
-        for row, (t, lines, name) in enumerate(((stops, torch.cat([x1, walk[0][:, :-1]], 1), "reverse SDE"),
-                                                (along, torch.cat(flow, 1), "probability-flow ODE"))):
-            ax = axes[row][column]
-            ax.imshow(density.T, extent=(0, 1, -view, view), origin="lower", aspect="auto", cmap="Blues", vmax=1.4)
+        for ax, (t, lines, name) in zip(axes[i], ((stops, torch.cat([x1, walk[0][:, :-1]], 1), "reverse SDE"),
+                                                  (along, torch.cat(flow, 1), "probability-flow ODE"))):
+            ax.contourf(times, view * grid, density.T, 12, cmap="Blues", vmax=1.4)
             for line in lines:
                 ax.plot(t, line, lw=0.9)
-            ax.set(ylim=(-view, view), xlim=(1, 0), xlabel="t" if row else None, title=f"{kind}, {name}")
+            ax.set(ylim=(-view, view), xlim=(1, 0), xlabel="t" if i == 2 else None, title=f"{title}, {name}")
     return save_figure(fig, path)
 
 
@@ -386,23 +424,26 @@ def plot(claim, path):
     costs = [row for row in rows if "bits_calls" in row]
     tolerance_.plot([row["bits_calls"] for row in costs], [row["bits"] for row in costs], "o-")
     for row in costs:
-        tolerance_.annotate(f"{row['tolerance']:.0e}", (row["bits_calls"], row["bits"]), xytext=(4, 4),
+        tolerance_.annotate(f"{row['tolerance']:.0e}", (row["bits_calls"], row["bits"]), xytext=(6, -4),
                             textcoords="offset points")
+    tolerance_.margins(0.16)
     tolerance_.set(xlabel="calls, forward and back", ylabel="bits/dim", title="bits/dim by the solver's tolerance")
     for i, arm in enumerate(ARMS):
         for kind, style in (("ve", "o-"), ("vp", "s")):
             points = sorted((row["nfe"], row["fid"]) for row in rows.where(kind=kind, arm=arm, seed=0))
-            arms_.plot(*zip(*points), style, color=f"C{i}", ms=5, label=f"{arm}, {kind}")
+            arms_.plot(*zip(*points), style, color=f"C{i}", ms=5, label=f"{arm}, {kind.upper()}")
     arms_.axhline(claim.notes["floor"][str(cfg.n)], color="grey", ls=":", lw=1)
     arms_.set(xlabel="network calls", ylabel=f"FID (n = {cfg.n}; dotted: floor)", yscale="log",
               title="(c) FID at equal calls, one seed")
-    arms_.legend(fontsize=7)
+    ticks(arms_.yaxis, (1, 3, 10, 30, 100))
+    arms_.legend(fontsize=7, ncols=3, loc="center", bbox_to_anchor=(0.5, 0.74))
     for i, arm in enumerate(("reverse SDE", "ODE")):
         ode_.plot(rows.values("nfe", arm=arm), rows.values("fid", arm=arm), "o", color=f"C{i}", label=arm)
     ode_.axhline(claim.notes["floor"][str(cfg.long_n)], color="grey", ls=":", lw=1)
     ode_.set(xscale="log", xlabel="network calls", ylabel=f"FID (n = {cfg.long_n}; dotted: floor)", ylim=(0, None),
              title="(d) a dot a seed, VP")
-    ode_.legend(fontsize=8)
+    ticks(ode_.xaxis, (100, 200, 500, 1000))
+    ode_.legend(fontsize=8, loc="center")
     for ax in (bits_, tolerance_, arms_, ode_):
         ax.grid(alpha=0.3)
     return save_figure(fig, path)
