@@ -31,7 +31,7 @@ from utils import (
     lines,
     published,
     save_figure,
-    save_strip,
+    save_grid,
     seeded,
     ticks,
 )
@@ -40,7 +40,8 @@ ARMS = {"L_simple": ["ddpm.objective=simple", "ddpm.variance=small"],
         "L_hybrid": ["ddpm.objective=hybrid", "ddpm.variance=learned"],
         "L_vlb": ["ddpm.objective=vlb", "ddpm.variance=learned"],
         "L_vlb, importance": ["ddpm.objective=vlb", "ddpm.variance=learned", "importance=true"]}
-BEST, VARIANCES = "L_vlb, importance", ("learned", "large", "small")
+BEST, NAMES = "L_vlb, importance", {"learned": "learned", "large": "beta", "small": "beta-tilde"}
+VARIANCES = tuple(NAMES)
 MEANS = "the means over the seeds; of the longest sampling one draw"
 
 
@@ -59,8 +60,11 @@ def main(argv=None):
     claim.note("by_time", by_time(run))
     run.output(plot_by_time, claim, "by_time.png")
     run.output(plot_schedules, run.config.ddpm.timesteps, "schedules.png")
-    run.output(save_strip, noised(run), "noising.png")
-    run.output(save_strip, same_noise(run), "few_steps.png")
+    times = torch.linspace(0, run.config.ddpm.timesteps - 1, 13).round().long()
+    run.output(save_grid, noised(run, times), "noising.png", columns=13, across=times.tolist(),
+               down=["linear", "cosine"])
+    few = [f"{steps} calls, {name}" for steps in cfg.counts[:2] for name in NAMES.values()]
+    run.output(save_grid, same_noise(run), "few_steps.png", columns=12, down=few)
     return claim.finish(plot=plot, n=cfg.n)
 
 
@@ -191,18 +195,18 @@ def by_time(run):
 
 
 # ------------------------------------------------------------------ pictures
-def noised(run, columns=13):
-    """Two rows of one digit: noised with the linear and with the cosine schedule, at evenly spaced times."""
-    x0, timesteps = digits("test").first(1)[0].expand(columns, -1, -1, -1), run.config.ddpm.timesteps
-    eps, times = torch.randn(x0.shape, generator=run.generator(3)), torch.linspace(0, timesteps - 1, columns)
-    return [IDDPM(timesteps, schedule).q_sample(x0, times.round().long(), eps) for schedule in ("linear", "cosine")]
+def noised(run, times):
+    """Two rows of one digit: noised with the linear and with the cosine schedule, at these times."""
+    x0, timesteps = digits("test").first(1)[0].expand(len(times), -1, -1, -1), run.config.ddpm.timesteps
+    eps = torch.randn(x0.shape, generator=run.generator(3))
+    return torch.cat([IDDPM(timesteps, schedule).q_sample(x0, times, eps) for schedule in ("linear", "cosine")])
 
 
 def same_noise(run, columns=12):
     """Rows of samples in few steps from the same noise: the learned variance, beta, beta-tilde; fewest steps first."""
     networks = [network(run, variance=variance) for variance in VARIANCES]
-    return [ddpm.sample(net, columns, steps, generator=run.generator(4)).cpu()
-            for steps in run.config.reproduce.counts[:2] for ddpm, net in networks]
+    return torch.cat([ddpm.sample(net, columns, steps, generator=run.generator(4)).cpu()
+                      for steps in run.config.reproduce.counts[:2] for ddpm, net in networks])
 
 
 def plot(claim, path):
@@ -213,17 +217,19 @@ def plot(claim, path):
         a.plot(claim.rows.values("bits", arm=arm), claim.rows.values("fid", arm=arm), "o", label=arm, alpha=0.8)
     a.set(xlabel="bits/dim (bound)", ylabel=f"FID (n = {claim.cfg.n})", title="(a) what each loss buys")
     a.legend(fontsize=7)
-    lines(b, claim.rows, "steps", "fid", by="variance")
+    lines(b, claim.rows, "steps", "fid", by="variance", names=NAMES)
     b.axhline(claim.notes["floor"], color="grey", ls=":", lw=1)
     b.set(xscale="log", yscale="log", xlabel="network calls an image", ylabel="FID (dotted: floor)",
           title="(b) the variance at few steps")
     ticks(b.xaxis, sorted({*claim.cfg.counts, *claim.cfg.long}))
     ticks(b.yaxis, (1, 2, 5, 10, 20, 50))
     dots(c, claim.rows.unfold("trace", "times"), "trace", by="times")
-    c.set(yscale="log", ylabel="trace of the covariance", title="(c) gradient noise of L_vlb")
+    c.set(yscale="log", ylabel="trace of the covariance, millions", title="(c) gradient noise of L_vlb")
+    c.set_yticks([1e4, 1e5, 1e6], ["0.01", "0.1", "1"])
+    c.set_yticks([], minor=True)
     lines(d, claim.rows, "skip", "fid", by="schedule")
     d.set(xticks=[0, claim.cfg.skip], xticklabels=["all steps", "first fifth skipped"], ylabel="FID",
-          title="(d) skipping the noisiest steps")
+          title="(d) skipping the noisiest steps", xlim=(-0.25 * claim.cfg.skip, 1.25 * claim.cfg.skip))
     return save_figure(fig, path)
 
 
@@ -235,8 +241,10 @@ def plot_by_time(claim, path):
     left.fill_between(t, low, high, alpha=0.2, label="10 to 90 % of the pixels")
     left.set(xlabel="t", ylabel="v (0: beta-tilde, 1: beta)", title="the learned variance")
     for variance, row in claim.notes["by_time"]["terms"].items():
-        right.plot([t + 1 for t in row["t"]], row["term"], label=variance, lw=1)
+        right.plot([t + 1 for t in row["t"]], row["term"], label=NAMES[variance], lw=1)
     right.set(xscale="log", yscale="log", xlabel="t + 1", ylabel="L_t, bits/dim", title="where the bound is paid")
+    ticks(right.xaxis, (1, 10, 100, 1000))
+    ticks(right.yaxis, (0.0001, 0.001, 0.01, 0.1, 1))
     for ax in (left, right):
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
