@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from conftest import ROOT, load
-from utils import Rows, saved
+from utils import Rows, saved, seeded
 
 reproduce = load("lesson_07", "reproduce")
 
@@ -104,3 +105,20 @@ def test_the_published_rows_give_the_published_verdicts(tmp_path):
     assert reproduce.unbiased(claim.claims["a2"]["bias"]) and max(claim.claims["a1"]["errors"].values()) < 1e-3
     assert {letter: one["holds"] for letter, one in claim.claims.items()} == {"a1": True, "a2": True, **seen}
     assert reproduce.plot(claim, tmp_path / "claim.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("kind", ["vp", "subvp", "ve"])
+def test_known_pixels_are_shown_as_noisy_as_the_rest(kind):
+    sde, seen = reproduce.SDE(kind), []
+    y, x = torch.randn(2, 3, 1, 4, 4, generator=seeded(0))
+    known, t = (torch.arange(4) < 2)[None, None, :, None].expand(1, 1, 4, 4), torch.tensor([0.1, 0.5, 0.9])
+    for image in (y, torch.where(known, y, 7.0)):                                # of unknown pixels nothing is used
+        shown = reproduce.Known(sde, lambda z, label: seen.append((z, label)) or z, image, known, seeded(1))
+        shown(x, 999 * t)
+    m, std = sde.noising.marginal(t)
+    noised = m[:, None, None, None] * y + std[:, None, None, None] * torch.randn(y.shape, generator=seeded(1))
+    if kind == "ve":                                                             # x comes in scaled, see network_input
+        noised = noised / (1 + std ** 2).sqrt()[:, None, None, None]
+    for z, label in seen:
+        assert torch.allclose(z[:, :, :2], noised[:, :, :2], atol=1e-5) and torch.equal(z[:, :, 2:], x[:, :, 2:])
+        assert torch.equal(label, 999 * t)
