@@ -179,19 +179,21 @@ def plot(claim, path):
         left.plot(claim.rows.values("variance", interior=name), claim.rows.values("loss", interior=name), "o",
                   label=name)
     left.set(xscale="log", xlabel="variance of one draw", ylabel="diffusion loss, bits/dim", title="(a) interiors")
-    left.set_ylim(bottom=0)
-    left.legend(fontsize=8)
+    left.set_ylim(0, 1.25 * max(claim.rows.values("loss", interior="learned")))
+    ticks(left.xaxis, (0.2, 1, 5, 20, 50))
+    left.legend(fontsize=8, loc="lower right")
     steps = {f"T = {T or '∞'}": {"T": T} for T in (*claim.cfg.T, 0)}
     arms = {name.replace(" ", "\n") if "=" not in name else name: {"arm": name} for name in ARMS}
     for ax, bars, title in ((middle, steps, "(c) the published network"), (right, arms, "(b), (d) short trainings")):
-        bottom = [0.0] * len(bars)
-        for key in TERMS:
-            height = [claim.rows.mean(key, **where) for where in bars.values()]
-            ax.bar(range(len(bars)), height, bottom=bottom, label=key)
-            bottom = [a + b for a, b in zip(bottom, height)]
+        values = {key: [claim.rows.mean(key, **where) for where in bars.values()] for key in TERMS}
+        for (key, heights), mark in zip(values.items(), "svo"):
+            ax.plot(range(len(bars)), heights, mark, label=key)
+        ax.plot(range(len(bars)), [sum(parts) for parts in zip(*values.values())], "k_", ms=24, label="their sum")
         ax.set_xticks(range(len(bars)), bars, fontsize=8)
-        ax.set(ylabel="bits/dim", title=title, ylim=(0, 1.35 * max(bottom)))
-        ax.legend(fontsize=8)
+        ax.set(yscale="log", ylabel="bits/dim", title=title, xlim=(-0.5, len(bars) - 0.5), ylim=(1e-6, 40))
+        ticks(ax.yaxis, (0.0001, 0.001, 0.01, 0.1, 1, 10))
+        ax.legend(fontsize=7, ncols=2, loc="lower left")
+        ax.grid(alpha=0.3)
     shown = {"learned ends": "n = 2 to 7", "n = 6, 7": "n = 6, 7", "no features": "no features"}
     some = Rows(row for row in claim.rows if row.get("arm") in shown)
     lines(last, some.unfold("error_of_eps", "gamma"), "gamma", "error_of_eps", names=shown)
@@ -206,14 +208,15 @@ def plot(claim, path):
 
 def plot_interiors(interiors, path):
     """The interiors and what one draw of the loss is at each time: gamma(t) left, then a plot for each."""
-    fig, axes = figure(2, 3, width=3.6)
+    fig, axes = figure(3, 2, width=4.2, height=2.6)
     axes = axes.flatten()
     axes[-1].set_axis_off()
     for i, name in enumerate(("learned", *OTHERS)):
         row = interiors.where(interior=name)[-1]
         axes[0].plot(torch.linspace(0, 1, len(row["curve"])), row["curve"], color=f"C{i}", label=name)
         axes[i + 1].plot(row["times"][:, 0], row["draws"][:, 0].clamp(min=1e-2), ".", color=f"C{i}", ms=3)
-        axes[i + 1].set(yscale="log", ylim=(1e-2, 1e3), xlabel="t", ylabel="one draw of the loss, bits/dim", title=name)
+        axes[i + 1].set(yscale="log", ylim=(1e-2, 1e3), xlabel="t", ylabel="one draw, bits/dim", title=name)
+        ticks(axes[i + 1].yaxis, (0.01, 0.1, 1, 10, 100, 1000))
     axes[0].set(xlabel="t", ylabel="gamma(t) = -log SNR", title="four interiors")
     axes[0].legend(fontsize=8)
     return save_figure(fig, path)

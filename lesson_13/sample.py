@@ -9,7 +9,7 @@
 import torch
 
 from model import VDM, Network
-from utils import Run, cli, report, save_gif, save_grid, save_npz, save_strip, score
+from utils import Run, cli, report, save_gif, save_grid, save_npz, score
 
 
 def main(argv=None):
@@ -18,9 +18,8 @@ def main(argv=None):
     vdm, net = load(run, weights := run.weights())      # the file carries its network's configuration
     start = run.clock()
     x = draw(vdm, net, cfg.n, cfg.steps, run.generator(), cfg.batch, weights.data.shape)
-    seconds = run.clock() - start
+    print(f"{cfg.n} images, {cfg.steps} network calls each, in {(seconds := run.clock() - start):.1f} s")
     run.output(save_grid, x[:64], cfg.out)
-    print(f"{cfg.n} images, {cfg.steps} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
@@ -72,13 +71,14 @@ def denoising(vdm, net, n, steps, generator, frames=30, shape=(1, 28, 28)):
 
 
 def figures(run, vdm, net, x):
-    """Two more pictures: three images at 13 times, samples above their nearest training images."""
+    """Two more pictures: three images at 13 times, under their gamma; samples above their nearest training images."""
     train, eps = run.images().all(), torch.randn(13, *x.shape[1:], generator=run.generator(3)).to(run.device)
-    with torch.no_grad():
-        gamma = vdm.gamma(net, torch.linspace(0, 1, 13, dtype=torch.float64, device=run.device))
+    gamma = vdm.gamma(net, torch.linspace(0, 1, 13, dtype=torch.float64, device=run.device)).detach()
     test, few = vdm.encode(run.images(split="test", limit=3).all().to(run.device)), x[:12].cpu()
-    run.output(save_strip, [vdm.q_sample(test[[i] * 13], gamma, eps) for i in range(len(test))], "forward.png")
-    run.output(save_strip, [few, train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]], "neighbours.png")
+    noised = torch.cat([vdm.q_sample(one.expand_as(eps), gamma, eps) for one in test])
+    run.output(save_grid, noised, "forward.png", columns=13, across=[f"{value:.1f}" for value in gamma.tolist()])
+    pairs = torch.cat([few, train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]])
+    run.output(save_grid, pairs, "neighbours.png", columns=12, down=["sample", "nearest"])
 
 
 if __name__ == "__main__":

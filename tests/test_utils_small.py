@@ -254,6 +254,7 @@ def test_loss_curves(tmp_path, fine, losses):
 
 @pytest.mark.parametrize("limits, places", [
     ((0.11, 0.43), [0.15, 0.2, 0.25, 0.3, 0.35, 0.4]), ((0.12, 0.126), [0.12 + i / 1000 for i in range(7)]),
+    ((12.8, 17.0), [13, 14, 15, 16, 17]),
     ((0.9, 8.9), [1, 2, 3, 4, 5, 6, 7, 8]), ((0.04, 0.45), [0.05, 0.1, 0.2]), ((0.9, 101), [1, 2, 5, 10, 20, 50, 100])])
 def test_round_numbers_on_a_logarithmic_axis(limits, places):
     assert pictures.plain_places(*limits) == pytest.approx(places)
