@@ -222,8 +222,7 @@ def plot(claim, path):
         ax.set(xscale="log", yscale="log", xlabel="network calls an image", title=f"(a), (b) {name}, n = {claim.cfg.n}",
                ylabel=f"{name} (dotted: floor)")
         ticks(ax.xaxis, calls)
-        ticks(ax.yaxis, [place for place in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if ax.get_ylim()[0] < place
-                         < ax.get_ylim()[1]])
+        ticks(ax.yaxis)
     back, empty = axes[1]
     sets = claim.rows.unfold("error", "seed")
     for i, of_set in enumerate(sets.by("seed", "error", steps=claim.cfg.reconstruct[0])):

@@ -14,7 +14,6 @@ from utils import Run, UserError, captions, cli, device_of, report, save_gif, sa
 
 GRID = [captions.caption(digit, {"thickness": a, "slant": b})
         for a in range(3) for b in range(3) for digit in range(10)]
-LEVELS = [f"{a}, {b}" for a in ("thin", "regular", "thick") for b in ("left", "upright", "right")]
 
 
 def main(argv=None):
@@ -31,7 +30,7 @@ def main(argv=None):
     start = run.clock()
     x = draw(flow, net, words, texts, n, grid, cfg.guidance, cfg.encoders, cfg.batch)
     seconds, calls = run.clock() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
-    labels = {} if cfg.prompt or cfg.metrics else {"across": range(10), "down": LEVELS[:-(-len(x) // 10)]}
+    labels = {} if cfg.prompt or cfg.metrics else {"across": range(10), "down": captions.STYLES[:-(-len(x) // 10)]}
     run.output(save_grid, x[:90], cfg.out, columns=10, **labels)
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s; the first: {texts[0]!r}")
     if cfg.npz:

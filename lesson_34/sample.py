@@ -11,11 +11,10 @@ import torch
 
 from model import Flux, RectifiedFlow, given, guided
 from utils import Run, UserError, cli, device_of, report, save_gif, save_grid, save_npz, score
-from utils.captions import Tokenizer, caption, captioned, follow, read_caption
+from utils.captions import STYLES, Tokenizer, caption, captioned, follow, read_caption
 
 TEACHER = "weights_teacher.safetensors"                 # what train.py calls it
 GRID = [caption(digit, {"thickness": a, "slant": b}) for a in range(3) for b in range(3) for digit in range(10)]
-LEVELS = [f"{a}, {b}" for a in ("thin", "regular", "thick") for b in ("left", "upright", "right")]
 
 
 # Adapted from lesson_05/sublesson_e/sample.py: main -- the student in one pass or the teacher in two
@@ -32,7 +31,7 @@ def main(argv=None):
     start = run.clock()
     x = draw(flow, net, words, texts, cfg, run.generator())
     seconds, calls = run.clock() - start, cfg.steps * passes(cfg)
-    labels = {} if cfg.prompt or cfg.metrics else {"across": range(10), "down": LEVELS[:-(-len(x) // 10)]}
+    labels = {} if cfg.prompt or cfg.metrics else {"across": range(10), "down": STYLES[:-(-len(x) // 10)]}
     run.output(save_grid, x[:90], cfg.out, columns=10, **labels)
     print(f"{cfg.n} digits of the {cfg.model}, {calls} network calls each, in {seconds:.1f} s; the first: {texts[0]!r}")
     if cfg.npz:

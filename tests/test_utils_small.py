@@ -22,7 +22,21 @@ from torch import nn
 
 import utils
 from conftest import ROOT, load
-from utils import EMA, Run, UserError, atomic, classify, digits, fid_to_test, floor, report, score, to_uint8, write_json
+from utils import (
+    EMA,
+    Run,
+    UserError,
+    atomic,
+    classify,
+    digits,
+    fid_to_test,
+    floor,
+    plots,
+    report,
+    score,
+    to_uint8,
+    write_json,
+)
 from utils import images as pictures
 from utils import scores as judging
 from utils.device import auto_precision, check_processes, device_name, fast_bf16, peak_memory_mb
@@ -257,7 +271,7 @@ def test_loss_curves(tmp_path, fine, losses):
     ((12.8, 17.0), [13, 14, 15, 16, 17]),
     ((0.9, 8.9), [1, 2, 3, 4, 5, 6, 7, 8]), ((0.04, 0.45), [0.05, 0.1, 0.2]), ((0.9, 101), [1, 2, 5, 10, 20, 50, 100])])
 def test_round_numbers_on_a_logarithmic_axis(limits, places):
-    assert pictures.plain_places(*limits) == pytest.approx(places)
+    assert plots.plain_places(*limits) == pytest.approx(places)
 
 
 # ------------------------------------------------------------------ files

@@ -379,7 +379,7 @@ def texts_of_notebook(root, lesson):
     return [(lines[cell.id], cell.source) for cell in made.cells if cell.cell_type == "markdown"]
 
 
-# What the tests hold every page to, and what the texts of the lessons are still on their way to.
+# What the tests hold every page to, and what they hold those of the lessons to besides.
 HELD = wrong_maths, wide_tables, wide_code, riddles, blind_pictures, broken_links
 WANTED = too_many_words, wrong_order
 

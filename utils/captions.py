@@ -40,6 +40,8 @@ ADJECTIVES = {
     "size": (("small", "little"), ("medium",), ("large", "big")),
 }
 SLANT = (("leaning left", "slanted left"), ("upright", "straight"), ("leaning right", "slanted right"))
+# Every thickness with every slant, in words: the rows of a grid whose columns are the digits.
+STYLES = [f"{words[0]}, {slant}" for words in ADJECTIVES["thickness"] for slant in ("left", "upright", "right")]
 ROWS, COLUMNS = ("upper", "middle", "lower"), ("left", "middle", "right")
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PAD, START = "<pad>", "<start>"                        # numbers 0 and 1

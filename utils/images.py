@@ -182,16 +182,6 @@ def save_figure(fig, path):
     return _write(path, lambda file: fig.savefig(file, format="png", dpi=110, metadata={"Software": None}))
 
 
-def plain_places(low, high):
-    """Round numbers for a logarithmic axis: 1, 2, 5, 10, ... or, where less than a factor of ten is seen, even ones."""
-    if high < 10 * low:
-        step = 10.0 ** math.floor(math.log10((high - low) / 5))
-        step *= next(times for times in (1, 2, 5, 10) if (high - low) / (times * step) <= 8)
-        return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [place for k in decades for place in (10.0 ** k, 2 * 10.0 ** k, 5 * 10.0 ** k) if low <= place <= high]
-
-
 def save_losses(records, path, smooth=20):
     """Plot the loss of metrics.jsonl's records (dicts with step and loss) over the steps, raw and smoothed."""
     fig, ax = figure()
@@ -203,6 +193,6 @@ def save_losses(records, path, smooth=20):
     ax.set(xlabel="training step", ylabel="loss")
     if (loss > 0).all():
         ax.set_yscale("log")
-        ticks(ax.yaxis, plain_places(*ax.get_ylim()))
+        ticks(ax.yaxis)
     ax.grid(alpha=0.3)
     return save_figure(fig, path)

@@ -1,5 +1,6 @@
 """Claims as pictures: a dot a seed, a line through the means."""
 
+import math
 import statistics
 
 
@@ -26,7 +27,18 @@ def lines(ax, rows, x, key, by="arm", names=None, **where):
     ax.grid(alpha=0.3)
 
 
-def ticks(axis, places):
-    """Plain numbers on a logarithmic axis."""
+def ticks(axis, places=None):
+    """Plain numbers on a logarithmic axis; by default those that `plain_places` chooses for what is seen."""
+    places = plain_places(*sorted(axis.get_view_interval())) if places is None else places
     axis.set_ticks(places, [f"{place:g}" for place in places])
     axis.set_ticks([], minor=True)
+
+
+def plain_places(low, high):
+    """Round numbers for a logarithmic axis: 1, 2, 5, 10, ... or, where less than a factor of ten is seen, even ones."""
+    if high < 10 * low:
+        step = 10.0 ** math.floor(math.log10((high - low) / 5))
+        step *= next(times for times in (1, 2, 5, 10) if (high - low) / (times * step) <= 8)
+        return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [place for k in decades for place in (10.0 ** k, 2 * 10.0 ** k, 5 * 10.0 ** k) if low <= place <= high]

@@ -10,10 +10,9 @@ import torch
 
 from model import DDPM, UNet, guided
 from utils import Run, cli, report, save_gif, save_grid, save_npz, score
-from utils.captions import Tokenizer, caption, captioned, follow, read_caption
+from utils.captions import STYLES, Tokenizer, caption, captioned, follow, read_caption
 
 GRID = [caption(digit, {"thickness": a, "slant": b}) for a in range(3) for b in range(3) for digit in range(10)]
-NAMES = [f"{a}, {b}" for a in ("thin", "regular", "thick") for b in ("left", "upright", "right")]     # of its rows
 
 
 def main(argv=None):
@@ -30,7 +29,8 @@ def main(argv=None):
     start = run.clock()
     x = draw(ddpm, net, words, texts, cfg.steps, cfg.guidance, run.generator(), cfg.batch)
     seconds, calls = run.clock() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
-    run.output(save_grid, x[:90], cfg.out, columns=10, **(dict(across=range(10), down=NAMES) if texts == GRID else {}))
+    labels = {} if cfg.prompt or cfg.metrics else {"across": range(10), "down": STYLES[:-(-len(x) // 10)]}
+    run.output(save_grid, x[:90], cfg.out, columns=10, **labels)
     print(f"{cfg.n} digits, {calls} network calls each, in {seconds:.1f} s; the first: {texts[0]!r}")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz, labels=digit)
