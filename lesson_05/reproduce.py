@@ -72,7 +72,7 @@ def load(run, weights, DDPM=DDPM, **changes):
 def measure(run, ddpm, net, arm, seed):
     """FID of samples, and the bound of Eq. (5) on test images with the same noise for every arm."""
     cfg = run.config.reproduce
-    x = draw(ddpm, net, cfg.n, cfg.sample_steps, seeded(seed))
+    x = draw(ddpm, net, cfg.n, cfg.sample_steps, seeded(seed, cfg.n))
     x0, _ = digits("test").first(cfg.bound_images)
     prior, terms, _ = ddpm.bound(net, x0.to(run.device), seeded(0))
     return {"fid": fid_to_test(x.nan_to_num()), "bits": float((prior + terms.sum(1)).mean())}
@@ -81,7 +81,7 @@ def measure(run, ddpm, net, arm, seed):
 def clipping(run, variance, clip, seed):
     """FID of the published network's samples, with x_0 clipped or not; the noise is the seed's."""
     cfg, (ddpm, net) = run.config.reproduce, load(run, published(run, OURS), variance=variance)
-    return {"fid": fid_to_test(draw(ddpm, net, cfg.n, cfg.sample_steps, seeded(seed), clip))}
+    return {"fid": fid_to_test(draw(ddpm, net, cfg.n, cfg.sample_steps, seeded(seed, cfg.n), clip))}
 
 
 def rate_distortion(run, variance):

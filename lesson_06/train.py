@@ -4,13 +4,13 @@
     python train.py steps=500 lr=1e-3        other values; --help lists them
     python train.py data=../my_images        your own images; data=fashion: clothes
     python train.py --resume                 go on after Ctrl-C or a crash
-    torchrun --nproc_per_node 2 train.py     several processes, one model
+    torchrun --nproc_per_node 2 train.py     several GPUs, one model
 """
 
 import torch
 
 from model import DDIM, UNet
-from utils import EMA, Run, cli, ramp, save_grid
+from utils import EMA, Run, cli, muon, ramp, save_grid
 
 
 # Adapted from lesson_05/train.py: main -- the previews are drawn with DDIM; the training is the same
@@ -18,13 +18,14 @@ def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
     ddim, net = DDIM(**run.config.ddpm), UNet(**run.config.unet)
-    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    optimizer = muon(net, cfg.lr, cfg.adam_lr, cfg.beta2, outer=(net.stem, net.out))
     ddim, net, optimizer = run.prepare(ddim, net, optimizer)
-    ema = EMA(net, cfg.ema_decay)
+    ema = EMA(net, share=cfg.ema_share)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
 
     for step, (x0, _) in run.steps(run.images(run.config.unet)):                    # (B, C, H, W) in [-1, 1]
-        optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
         loss = ddim.loss(net, x0)                       # DDPM's: nothing in it knows of sigma or of sub-sequences
         optimizer.zero_grad()
         run.backward(loss)

@@ -15,7 +15,7 @@ from sample import draw
 from utils import EMA, Run, Weights, cli, ramp, save_grid
 
 
-# Adapted from lesson_05/train.py: main -- an SDE instead of DDPM, dequantised data, a start from trained weights
+# Adapted from lesson_05/train.py: main -- Adam; an SDE instead of DDPM, dequantised data, a start from trained weights
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train

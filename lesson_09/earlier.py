@@ -14,9 +14,14 @@ from torch import nn
 
 # lesson_01/model.py
 def noise_like(x, generator=None):
-    """Standard Gaussian noise, the eps of DDPM, Eq. (4), as large as x. A CPU generator gives the same everywhere."""
+    """Standard Gaussian noise, the eps of DDPM, Eq. (4), as large as x. A CPU generator gives the same everywhere.
+
+    A list of them, one for each of the images, gives every image the same noise whatever their number is.
+    """
     if generator is None:
         return torch.randn_like(x)
+    if isinstance(generator, list):
+        return torch.stack([torch.randn(x.shape[1:], generator=one) for one in generator]).to(x.device)
     return torch.randn(x.shape, generator=generator).to(x.device)
 
 

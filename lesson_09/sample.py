@@ -52,7 +52,7 @@ def draw(ddpm, net, n, steps, generator, clip=True, batch=128, skip=0.0, shape=(
     return torch.cat([ddpm.sample(net, size, steps, shape, clip, generator, skip) for size in sizes])
 
 
-# Copied from lesson_05/sample.py: denoising
+# Adapted from lesson_05/sample.py: denoising -- one generator for all images
 def denoising(ddpm, net, n, steps, generator, clip=True, frames=30, shape=(1, 28, 28)):
     """Pictures of one batch on its way: x_t and beside it the x_0 estimated from it, n / 2 of each."""
     x, path = torch.randn(n // 2, *shape, generator=generator).to(ddpm.abar.device), []

@@ -14,7 +14,8 @@ from model import IDDPM, ImportanceSampler, UNet
 from utils import EMA, Run, Weights, cli, ramp, save_grid
 
 
-# Adapted from lesson_05/train.py: main -- the times may be drawn by importance; may start from lesson 05's weights
+# Adapted from lesson_05/train.py: main -- Adam; the times may be drawn by importance; may start from lesson 05's
+#   weights
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train

@@ -14,7 +14,7 @@ from model import VDM, Network
 from utils import EMA, Run, cli, ramp, save_grid
 
 
-# Adapted from lesson_05/train.py: main -- the whole bound is the loss; the schedule learns beside the U-Net
+# Adapted from lesson_05/train.py: main -- Adam; the whole bound is the loss; the schedule learns beside the U-Net
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train

@@ -13,7 +13,7 @@ from model import DDPM, UNet, drop, given
 from utils import EMA, Run, UserError, cli, columns, ramp, save_grid
 
 
-# Adapted from lesson_05/train.py: main -- labels, some of them dropped, go into the network
+# Adapted from lesson_05/train.py: main -- Adam; labels, some of them dropped, go into the network
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train

@@ -13,7 +13,7 @@ from model import EDM, UNet
 from utils import EMA, Run, Section, cli, ramp, save_grid
 
 
-# Adapted from lesson_05/train.py: main -- the loss and the previews are EDM's
+# Adapted from lesson_05/train.py: main -- Adam; the loss and the previews are EDM's
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train

@@ -19,8 +19,8 @@ from utils import EMA, Run, UserError, cli, ramp, save_grid, save_weights
 STAGES = ("1-rf", "2-rf", "distilled")
 
 
-# Adapted from lesson_05/train.py: main -- three trainings in a row: the second and third start from the average of the
-#   one before and learn from the pairs that it makes
+# Adapted from lesson_05/train.py: main -- Adam; three trainings in a row: the second and third start from the average
+#   of the one before and learn from the pairs that it makes
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg, plan = run.config.train, stages(run.config.train)

@@ -13,8 +13,8 @@ from model import FlowMatching, UNet, dequantise, quantise
 from utils import EMA, Run, cli, ramp, save_grid, save_weights
 
 
-# Adapted from lesson_05/train.py: main -- pixels become densities before the loss, and averages of the weights may be
-#   kept on the way
+# Adapted from lesson_05/train.py: main -- Adam; pixels become densities before the loss, and averages of the weights
+#   may be kept on the way
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train

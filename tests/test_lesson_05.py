@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import load
+from utils.seeds import generators
 
 model = load("lesson_05", "model")
 DDPM, UNet = model.DDPM, model.UNet
@@ -271,6 +272,15 @@ def test_strided_times_hold_both_ends_and_bad_counts_are_refused():
     for steps in (0, 1, 1001):
         with pytest.raises(ValueError, match="steps"):
             list(ddpm.reverse(lambda x, t: x, torch.zeros(1, 1, 2, 2), steps))
+
+
+def test_an_image_has_its_own_noise():
+    # Image 3 of a seed is the same for any number of images and any batch.
+    ddpm, net = DDPM(20), UNet(**SMALL).eval()
+    torch.nn.init.normal_(net.out[2].weight)
+    sample = load("lesson_05", "sample")
+    a, b, c = (sample.draw(ddpm, net, n, 3, generators(0, n), batch=batch) for n, batch in ((5, 5), (5, 2), (4, 3)))
+    assert torch.allclose(a, b, atol=1e-5) and torch.allclose(a[:4], c, atol=1e-5) and not torch.allclose(a[0], a[1])
 
 
 def test_same_generator_same_samples():

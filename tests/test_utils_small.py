@@ -74,6 +74,19 @@ def test_ema_is_the_closed_form_of_its_warm_up():
     assert (1 + 79) / (10 + 79) < 0.9 < (1 + 82) / (10 + 82)          # both branches were seen
 
 
+@pytest.mark.parametrize("share", [0.05, 0.2])
+def test_ema_of_a_share_is_as_long_as_its_run(share):
+    # Weights that count the updates, w_k = k: with k^(1 / share - 1) as the weight of each, the mean of k / n is
+    # 1 / (1 + share).
+    net = nn.Linear(1, 1).double()
+    ema, age = EMA(net, share=share), {}
+    for n in range(1, 4001):
+        nn.init.constant_(net.weight, float(n))
+        ema.update(net)
+        age[n] = ema.module.weight.item() / n
+    assert age[4000] == pytest.approx(1 / (1 + share), abs=2e-3) and age[2000] == pytest.approx(age[4000], abs=2e-3)
+
+
 def test_ema_moves_and_ends_near_the_weights():
     net = Net()
     ema = EMA(net, 0.9)

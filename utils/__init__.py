@@ -23,6 +23,7 @@ from .ema import EMA
 from .errors import UserError, cli
 from .files import atomic, read_json, update_json, write_json
 from .images import columns, figure, grid, save_figure, save_gif, save_grid, save_npz, save_strip, show
+from .optim import muon
 from .plots import dots, lines, ticks
 from .run import Run, Weights, code_hash, ramp, save_weights, trained
 from .scores import classify, fid_to_test, floor, report, score
@@ -31,7 +32,7 @@ from .seeds import derive
 __all__ = [
     "Arm", "Claim", "EMA", "Rows", "Run", "Section", "UserError", "Weights", "above", "arm_weights", "atomic", "below",
     "classify", "cli", "code_hash", "columns", "derive", "deviation", "device_of", "digits", "dots", "fid_to_test",
-    "figure", "floor", "grid", "lines", "pooled", "published", "ramp", "read_json", "report", "save_figure", "save_gif",
-    "save_grid", "save_npz", "save_strip", "save_weights", "saved", "score", "seeded", "show", "ticks", "to_float",
-    "to_uint8", "trained", "update_json", "write_json",
+    "figure", "floor", "grid", "lines", "muon", "pooled", "published", "ramp", "read_json", "report", "save_figure",
+    "save_gif", "save_grid", "save_npz", "save_strip", "save_weights", "saved", "score", "seeded", "show", "ticks",
+    "to_float", "to_uint8", "trained", "update_json", "write_json",
 ]

@@ -29,6 +29,7 @@ from .errors import Diverged, UserError
 from .files import read_json, update_json, write_json
 from .parallel import Workers
 from .run import Run, trained
+from .seeds import generators
 from .syntax import KINDS, dump
 
 RULE = '"below" and "above": in every seed, and p < 0.05 in a two-sided paired t-test over the seeds'
@@ -310,9 +311,9 @@ def mean_std(values, digits=None):
     return " +- ".join(f"{x:.{4 - 2 * i}g}" if digits is None else f"{x:.{digits}f}" for i, x in enumerate(numbers))
 
 
-def seeded(seed):
-    """A CPU generator of random numbers: the same noise on every device."""
-    return torch.Generator().manual_seed(seed)
+def seeded(seed, n=None):
+    """A CPU generator of random numbers: the same noise on every device. n: a list of one for each of n images."""
+    return torch.Generator().manual_seed(seed) if n is None else generators(seed, n)
 
 
 # ------------------------------------------------------------------ in a process of its own

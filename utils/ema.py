@@ -7,14 +7,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 class EMA(AveragedModel):
     """`ema.module` is the averaged network, in evaluation mode; `ema.update(net)` after every step moves it.
 
-    The first update copies the weights. After n updates the decay is min(decay, (1 + n) / (10 + n)), so that a
-    short run does not end near its first weights. Buffers are copied.
+    With `share`, it is an average over about the last `share` of all updates so far: the decay of update n is
+    1 - 1 / (1 + share n), so that the average grows with the run and ends as long as the run deserves, whatever its
+    length (the power-function average of EDM2, Karras et al. 2024, Sec. 3, with gamma = 1 / share - 1).
+    With `decay` instead, the decay of update n is min(decay, (1 + n) / (10 + n)). Buffers are copied.
     """
 
-    def __init__(self, net, decay=0.999):
+    def __init__(self, net, decay=0.999, share=None):
         net = getattr(net, "module", net)              # the network inside a distributed wrapper
         super().__init__(net)
-        self.decay = decay
+        self.decay, self.share = decay, share
         self.module.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -27,7 +29,8 @@ class EMA(AveragedModel):
         averaged, current = list(self.module.parameters()), list(net.parameters())
         n = int(self.n_averaged)                       # updates so far; this number stays on the CPU
         if n:
-            get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))(averaged, current, n)
+            decay = min(self.decay, (1 + n) / (10 + n)) if self.share is None else 1 - 1 / (1 + self.share * n)
+            get_ema_multi_avg_fn(decay)(averaged, current, n)
         else:
             torch._foreach_copy_(averaged, current)
         for mine, new in zip(self.module.buffers(), net.buffers(), strict=True):

@@ -29,6 +29,7 @@ from .files import atomic, lesson_name, lock, numbered, read_json, short, update
 from .images import PICTURES, check_finite
 from .log import Log, progress
 from .scores import check_number
+from .seeds import generators
 from .syntax import code_hash
 from .weights import Weights, choose, save_weights
 
@@ -157,6 +158,10 @@ class Run:
     def generator(self, offset=0):
         """A CPU generator of this run's seed, for noise that must not depend on the device or on the training."""
         return torch.Generator().manual_seed(self.settings.seed + offset)
+
+    def generators(self, n):
+        """One for each of n images to be drawn: image 3 of this seed is the same for any n, batch size and device."""
+        return generators(self.settings.seed, n)
 
     # ------------------------------------------------------------------ images
     def images(self, net=None, split="train", limit=None):

@@ -2,6 +2,8 @@
 
 import hashlib
 
+import torch
+
 
 def derive(*numbers):
     """A seed below 2**63 for torch.manual_seed, made from whole numbers: `derive(seed, epoch)`.
@@ -11,3 +13,8 @@ def derive(*numbers):
     """
     text = " ".join(str(int(number)) for number in numbers)
     return int.from_bytes(hashlib.sha256(text.encode("ascii")).digest()[:8], "big") % 2**63
+
+
+def generators(seed, n):
+    """A CPU generator for each of n images. Image i has the same noise for any n, batch size and device."""
+    return [torch.Generator().manual_seed(derive(seed, image)) for image in range(n)]

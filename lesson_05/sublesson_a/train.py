@@ -19,7 +19,8 @@ def preview(run, ddpm, net, ema, shape):
     save_grid(x, run.folder / f"preview_{run.step + 1:06d}.png")
 
 
-# Adapted from lesson_05/train.py: main -- few images, their error beside that of unseen ones, training mode asserted
+# Adapted from lesson_05/train.py: main -- Adam; few images, their error beside that of unseen ones, in
+#   training mode
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train

@@ -14,7 +14,8 @@ from model import DDPM, UNet, drop, given
 from utils import EMA, Run, UserError, Weights, cli, columns, ramp, save_grid
 
 
-# Adapted from lesson_05/train.py: main -- labels, some of them dropped, go into a network that can start as lesson 05's
+# Adapted from lesson_05/train.py: main -- Adam; labels, some of them dropped, go into a network that can start as
+#   lesson 05's
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
