@@ -410,6 +410,22 @@ def test_what_a_notebook_shows_is_a_png(tmp_path, monkeypatch):
     assert times == durations and times[-1] > times[0] > 0
 
 
+def test_a_picture_that_has_changed_is_shown_anew_without_a_kernel(root):
+    pretend_executed(root)
+    before = cells(root, "code")
+    Image.new("L", (9, 9), 200).save(root / "lesson_05" / "results" / "small.png")
+    stale = check(root, "lesson_05")
+    assert len(stale) == 2 and all("does not show the picture as it is now" in problem for problem in stale)
+    build(root, "lesson_05")
+    assert check(root, "lesson_05") == []
+    after = cells(root, "code")
+    assert [was.outputs != now.outputs for was, now in zip(before, after)] == [
+        cell.source.startswith("show(") for cell in before]
+    picture, = next(cell for cell in after if cell.source.startswith("show(")).outputs
+    assert Image.open(io.BytesIO(base64.b64decode(picture.data["image/png"]))).convert("L").getpixel((4, 4)) == 200
+    assert [cell.execution_count for cell in after] == [cell.execution_count for cell in before]
+
+
 def test_pictures_are_stored_as_small_as_it_takes():
     """The largest first; figures keep their size and an animation its motion and its length as long as that fits."""
     made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x") for _ in range(5)])
@@ -420,7 +436,7 @@ def test_pictures_are_stored_as_small_as_it_takes():
         png = base64.b64encode(images.animated_png(part, [100] * 19 + [900] if part[1:] else [0])).decode()
         cell.outputs = [nbformat.v4.new_output("display_data", data={"image/png": png})]
     assert len(nbformat.writes(made)) > 1_500_000
-    notebook.fit(made)
+    notebook.fit(made, made.cells)
     assert 200_000 < len(nbformat.writes(made)) < 500_000
     *stills, moving, small = (Image.open(io.BytesIO(base64.b64decode(cell.outputs[0].data["image/png"])))
                               for cell in made.cells)

@@ -1,6 +1,7 @@
 """Make a lesson's notebook.ipynb from its README.md, run it, and check that it is up to date.
 
-    python -m tools.notebook build lesson_05            write the cells; keep the outputs of unchanged ones
+    python -m tools.notebook build lesson_05            write the cells; keep the outputs of unchanged ones, but show
+                                                        pictures of results/ as they are now
     python -m tools.notebook execute lesson_05a         build, run every cell, save the outputs
     python -m tools.notebook execute --smoke lesson_05  run it tiny in a scratch copy; save nothing; with --here
                                                         in this process, which spares the start of a kernel
@@ -20,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 import nbformat
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tools.cells import NotebookError, read_cells
 
@@ -74,7 +75,10 @@ def save(notebook, path: Path):
 
 
 def build(root: Path, lesson: str) -> Path:
-    """Write notebook.ipynb; code cells whose source did not change keep their outputs."""
+    """Write notebook.ipynb; code cells whose source did not change keep their outputs.
+
+    A cell that only shows a file, and has been run, shows the file as it is now: that needs no kernel.
+    """
     path, (notebook, _) = root / lesson / "notebook.ipynb", make(root, lesson)
     try:
         old = code_cells(load(path))
@@ -86,6 +90,10 @@ def build(root: Path, lesson: str) -> Path:
     for cell in code_cells(notebook):
         if was := same_id.get((cell.id, cell.source)) or moved.pop(cell.source, None):
             cell.outputs, cell.execution_count = was.outputs, was.execution_count
+    stale = [cell for cell in code_cells(notebook) if cell.outputs and not shows_its_file(path.parent, cell)]
+    for cell in stale:
+        cell.outputs = [shown(path.parent, cell)]
+    fit(notebook, stale)
     save(notebook, path)
     return path
 
@@ -112,10 +120,10 @@ def execute(root: Path, lesson: str, smoke: bool = False, here: bool = False) ->
         run(notebook, folder, environment, lambda cell: f"{lesson}/README.md:{lines[cell.id]}")
     if not smoke:
         clean(notebook, root)
-        fit(notebook)
+        fit(notebook, code_cells(notebook))
         for cell in code_cells(notebook):
-            if (shown := digest(path.parent, cell)) and cell.outputs:
-                cell.outputs[0].metadata["shows"] = shown
+            if (found := digest(path.parent, cell)) and cell.outputs:
+                cell.outputs[0].metadata["shows"] = found
         save(notebook, path)
     return path
 
@@ -222,8 +230,8 @@ def clean(notebook, root: Path):
         cell.outputs = [nbformat.from_dict(normalise(output)) for output in kept if output.get("text", "-").strip()]
 
 
-def fit(notebook):
-    """Make the stored pictures smaller, the largest first, until the notebook is well below MAX_NOTEBOOK."""
+def fit(notebook, cells):
+    """Make the stored pictures of these cells smaller, the largest first, until the notebook is below MAX_NOTEBOOK."""
     from PIL import Image
 
     from utils.images import animated_png, evenly, frames
@@ -235,7 +243,7 @@ def fit(notebook):
         size = (width, round(parts[0].height * width / parts[0].width)) if parts[0].width > width else parts[0].size
         return base64.b64encode(animated_png([parts[i].resize(size) for i in chosen], times, colours)).decode()
 
-    pictures = [(output.data, base64.b64decode(output.data["image/png"]), list(SIZES)) for cell in code_cells(notebook)
+    pictures = [(output.data, base64.b64decode(output.data["image/png"]), list(SIZES)) for cell in cells
                 for output in cell.outputs if "image/png" in output.get("data", {})]
     for data, content, sizes in pictures:
         data["image/png"] = stored(content, *sizes.pop(0))
@@ -244,10 +252,32 @@ def fit(notebook):
         data["image/png"] = stored(content, *sizes.pop(0))
 
 
+def file_of(folder: Path, cell) -> Path | None:
+    """The file that a cell shows; None for other cells."""
+    match = re.fullmatch(r'show\("(.+)"\)', cell.source)
+    return folder / match[1] if match else None
+
+
 def digest(folder: Path, cell) -> str | None:
     """Of the file that a cell shows; None for other cells."""
-    match = re.fullmatch(r'show\("(.+)"\)', cell.source)
-    return hashlib.sha256((folder / match[1]).read_bytes()).hexdigest()[:12] if match else None
+    file = file_of(folder, cell)
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file else None
+
+
+def shows_its_file(folder: Path, cell) -> bool:
+    """Whether the output of a cell that shows a file is that file as it is now; true for other cells."""
+    return file_of(folder, cell) is None or cell.outputs[0].get("metadata", {}).get("shows") == digest(folder, cell)
+
+
+def shown(folder: Path, cell):
+    """What the kernel would answer to a cell that shows a file."""
+    from PIL import Image
+
+    from utils.images import animated_png, frames
+
+    content = base64.b64encode(animated_png(*frames(Image.open(file_of(folder, cell))))).decode()
+    return new_output("display_data", {"image/png": content, "text/plain": "<IPython.core.display.Image object>"},
+                      metadata={"shows": digest(folder, cell)})
 
 
 # ---------------------------------------------------------------------- check
@@ -291,9 +321,8 @@ def check(root: Path, lesson: str) -> list[str]:
             problems.append(f"{where} was not run, or not in order; {again}")
         for error in errors(cell):
             problems.append(f"{where} ended in {error.ename}: {' '.join(error.evalue.split())}")
-        shown = digest(path.parent, cell)
-        if shown and cell.outputs and cell.outputs[0].metadata.get("shows") != shown:
-            problems.append(f"{where} does not show the picture as it is now; {again}")
+        if cell.outputs and not shows_its_file(path.parent, cell):
+            problems.append(f"{where} does not show the picture as it is now; {again.replace('execute', 'build')}")
         if found := machine_path(cell.outputs):
             problems.append(f"{where} prints the machine's path {found}; {again}")
     return problems
