@@ -10,7 +10,7 @@
 import torch
 
 from model import MLP, Diffusion
-from utils import Run, UserError, cli, report, save_gif, save_grid, save_npz, score
+from utils import Run, UserError, batches, cli, noise, report, save_gif, save_grid, save_npz, score
 
 
 def main(argv=None):
@@ -23,19 +23,18 @@ def main(argv=None):
     shape = tuple(weights.config[kind]["shape"])
     diffusion, net = Diffusion(**weights.config["diffusion"]), weights.load(MLP(**weights.config[kind]))
     diffusion, net = run.place(diffusion, net)
-    generator = run.generator()
 
     start = run.clock()
-    sizes = [min(cfg.batch, cfg.n - i) for i in range(0, cfg.n, cfg.batch)]
-    x = torch.cat([diffusion.sample(net, size, cfg.steps, shape, generator) for size in sizes])
+    parts = batches(cfg.n, cfg.batch, run.generators(cfg.n))                   # every sample has its own noise
+    x = torch.cat([diffusion.sample(net, size, cfg.steps, shape, part) for size, part in parts])
     seconds = run.clock() - start
     run.output(save_grid, picture(x), cfg.out)
     print(f"{cfg.n} {kind}, {cfg.steps} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        xT = torch.randn(9 if kind == "digits" else 4000, *shape, generator=run.generator(1)).to(run.device)
-        run.output(save_gif, denoising(diffusion, net, xT, cfg.steps, run.generator(2)), cfg.gif,
+        generators = run.generators(9 if kind == "digits" else 4000)
+        run.output(save_gif, denoising(diffusion, net, cfg.steps, generators, shape), cfg.gif,
                    columns=6 if kind == "digits" else 2)
     if cfg.metrics:
         scores = score(x)
@@ -44,9 +43,10 @@ def main(argv=None):
     return x
 
 
-def denoising(diffusion, net, xT, steps, generator, frames=40):
-    """Pictures of a batch on its way: x_t and beside it the x_0 estimated from it."""
-    path = list(diffusion.reverse(net, xT, steps, generator))
+def denoising(diffusion, net, steps, generators, shape, frames=40):
+    """Pictures of some samples on their way: each x_t, and beside it the x_0 estimated from it."""
+    xT = noise(len(generators), shape, generators).to(diffusion.abar.device)
+    path = list(diffusion.reverse(net, xT, steps, generators))
     path = path[::max(1, len(path) // frames)] + path[-1:]
     return [torch.stack([picture(x), picture(x0)], dim=1).flatten(0, 1) for _, x, x0 in path]
 

@@ -20,15 +20,16 @@ from earlier import MLP, Diffusion, noise_like, swiss_roll, wide  # lesson 01
 # ------------------------------------------------------------------ Gaussian diffusion: Section 2 of the paper
 def temporal_basis(timesteps, bumps):
     """Gaussian bumps over time (App. D.2.1), from -1 to 1, normalised at every t. (T, J)."""
-    time = torch.linspace(-1, 1, timesteps, dtype=torch.float64)[:, None]
-    centre = torch.linspace(-1, 1, bumps, dtype=torch.float64)
+    time, centre = (torch.linspace(-1, 1, n, dtype=torch.float64) for n in (timesteps, bumps))
     width = (centre[1] - centre[0]) / 2     # Differs from the paper, the whole distance: half, as in the released code.
-    bump = torch.exp(-(time - centre) ** 2 / (2 * width ** 2))
+    bump = torch.exp(-(time[:, None] - centre) ** 2 / (2 * width ** 2))
     return bump / bump.sum(1, keepdim=True)
 
 
 def uniform_like(x, generator=None):
     """Numbers between 0 and 1, for grey levels and the coins of Sec. 2.1. A CPU generator gives the same everywhere."""
+    if isinstance(generator, list):                         # one for each of the images, as in noise_like
+        return torch.cat([uniform_like(x[:1], one) for one in generator])
     return torch.rand_like(x) if generator is None else torch.rand(x.shape, generator=generator).to(x.device)
 
 
@@ -236,7 +237,6 @@ class Binomial(nn.Module):
     The network is lesson 01's MLP, which is told t: the exact step of bits changes too fast in t for ten bumps.
     timesteps: T; beta_t = 1 / (T - t + 1) in the paper's count, so that x_T is nothing but coins (Sec. 2.4.1)
     """
-
     beta, loss, bound = DPM.beta, DPM.loss, DPM.bound       # beta: the share of the bits that are set anew
 
     def __init__(self, timesteps=2000):

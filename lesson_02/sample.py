@@ -10,7 +10,7 @@
 import torch
 
 from model import DPM, MLP, Binomial, DigitNet, PointNet
-from utils import Run, UserError, cli, report, save_gif, save_grid, save_npz, score
+from utils import Run, UserError, batches, cli, noise, report, save_gif, save_grid, save_npz, score
 
 
 # Adapted from lesson_01/sample.py: main -- digits, points or bits
@@ -25,16 +25,16 @@ def main(argv=None):
     steps = chain.timesteps - 1 if "bits" in weights.config else min(cfg.steps, chain.timesteps - 1)
     if steps != cfg.steps:
         run.refuse("steps", f"of {steps} steps, {'all are' if 'bits' in weights.config else 'no more can be'} taken")
-    generator, shape, start = run.generator(), shape_of(weights.config), run.clock()
-    sizes = [min(cfg.batch, cfg.n - i) for i in range(0, cfg.n, cfg.batch)]
-    x = torch.cat([draw(chain, net, size, steps, shape, generator) for size in sizes])
+    shape, start = shape_of(weights.config), run.clock()
+    parts = batches(cfg.n, cfg.batch, run.generators(cfg.n))                   # every sample has its own noise
+    x = torch.cat([draw(chain, net, size, steps, shape, part) for size, part in parts])
     seconds = run.clock() - start
     run.output(save_grid, picture(x), cfg.out)
     print(f"{cfg.n} samples, {steps} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, denoising(chain, net, 6, steps, run.generator(1), shape), cfg.gif, columns=6)
+        run.output(save_gif, denoising(chain, net, steps, run.generators(6), shape), cfg.gif, columns=6)
     if cfg.metrics:
         scores = score(x)
         print(report(scores))
@@ -63,10 +63,10 @@ def draw(chain, net, n, steps, shape, generator):
     return chain.sample(net, n, shape=shape, generator=generator, **fewer)
 
 
-def denoising(chain, net, n, steps, generator, shape=(1, 28, 28), frames=30):
-    """Pictures of a batch on its way: x_t, and below it the x_0 that the step aims at."""
-    xT = torch.randn(n, *shape, generator=generator).to(chain.abar.device)
-    path = [chain.restore(torch.cat([x, x0])).cpu() for _, x, x0 in chain.reverse(net, xT, steps, generator=generator)]
+def denoising(chain, net, steps, generators, shape=(1, 28, 28), frames=30):
+    """Pictures of some digits on their way: x_t, and below it the x_0 that the step aims at."""
+    xT = noise(len(generators), shape, generators).to(chain.abar.device)
+    path = [chain.restore(torch.cat([x, x0])).cpu() for _, x, x0 in chain.reverse(net, xT, steps, generator=generators)]
     return [path[round(i)] for i in torch.linspace(0, len(path) - 1, min(frames, len(path))).tolist()]
 
 

@@ -10,7 +10,7 @@
 import torch
 
 from model import NCSN, ScoreNet, dequantise, from_unit
-from utils import Run, cli, report, save_gif, save_grid, save_npz, score
+from utils import Run, batches, cli, report, save_gif, save_grid, save_npz, score
 
 
 # Adapted from lesson_01/sample.py: main -- Langevin steps at each level; pictures of levels and of inpainting
@@ -24,14 +24,14 @@ def main(argv=None):
     calls, shape = ncsn.levels * cfg.steps, weights.data.shape
 
     start = run.clock()
-    x = draw(ncsn, net, cfg.n, cfg.steps, cfg.epsilon, run.generator(), cfg.batch, shape)
+    x = draw(ncsn, net, cfg.n, cfg.steps, cfg.epsilon, run.generators(cfg.n), cfg.batch, shape)
     seconds = run.clock() - start
     run.output(save_grid, x[:64], cfg.out)
     print(f"{cfg.n} images, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, denoising(ncsn, net, 6, cfg, run.generator(1), shape=shape), cfg.gif, columns=6)
+        run.output(save_gif, denoising(ncsn, net, cfg, run.generators(6), shape=shape), cfg.gif, columns=6)
     if cfg.figures:
         figures(run, ncsn, net, x)
     if cfg.metrics:
@@ -42,24 +42,24 @@ def main(argv=None):
 
 
 def draw(ncsn, net, n, steps, epsilon, generator, batch=128, shape=(1, 28, 28)):
-    """n samples in batches, (n, C, H, W) in about [-1, 1]."""
-    sizes = [min(batch, n - i) for i in range(0, n, batch)]
-    return from_unit(torch.cat([ncsn.sample(net, size, steps, epsilon, shape, generator) for size in sizes]))
+    """n samples in batches, (n, C, H, W) in about [-1, 1]. generator: a list, one for each of them, or one for all."""
+    parts = batches(n, batch, generator)
+    return from_unit(torch.cat([ncsn.sample(net, size, steps, epsilon, shape, part) for size, part in parts]))
 
 
-def denoising(ncsn, net, n, cfg, generator, frames=40, shape=(1, 28, 28)):
-    """Pictures of one batch on its way: x and beside it the x_0 estimated from it."""
-    start = ncsn.start(n, shape, generator)
+def denoising(ncsn, net, cfg, generators, frames=40, shape=(1, 28, 28)):
+    """Pictures of some images on their way: each x, and beside it the x_0 estimated from it."""
+    start = ncsn.start(len(generators), shape, generators)
     path = [torch.stack([x, x0], dim=1).flatten(0, 1).cpu()
-            for _, x, x0 in ncsn.anneal(net, start, cfg.steps, cfg.epsilon, generator)]
+            for _, x, x0 in ncsn.anneal(net, start, cfg.steps, cfg.epsilon, generators)]
     return [from_unit(path[i]) for i in sorted({round(i) for i in torch.linspace(0, len(path) - 1, frames).tolist()})]
 
 
 def figures(run, ncsn, net, x):
     """Three more pictures: chains level by level, right halves made up anew, samples and nearest training images."""
-    cfg, generator = run.config.sample, run.generator(2)
-    rows = [ncsn.start(8, x.shape[1:], generator)]
-    for k, (_, state, _) in enumerate(ncsn.anneal(net, rows[0], cfg.steps, cfg.epsilon, generator)):
+    cfg, generators = run.config.sample, run.generators(12)
+    rows = [ncsn.start(8, x.shape[1:], generators[:8])]
+    for k, (_, state, _) in enumerate(ncsn.anneal(net, rows[0], cfg.steps, cfg.epsilon, generators[:8])):
         rows += [state] if (k + 1) % cfg.steps == 0 else []                # the end of each level
     run.output(save_grid, from_unit(torch.stack(rows, dim=1).flatten(0, 1)), "levels.png", columns=len(rows),
                across=["start", *[f"{sigma:.2g}" for sigma in ncsn.sigmas.tolist()]])
@@ -67,7 +67,7 @@ def figures(run, ncsn, net, x):
     known = dequantise(run.images(split="test", limit=12).all()).to(run.device)
     left = torch.zeros_like(known, dtype=torch.bool)
     left[..., :known.shape[3] // 2] = True
-    filled = [ncsn.inpaint(net, known, left, cfg.steps, cfg.epsilon, generator) for _ in range(4)]
+    filled = [ncsn.inpaint(net, known, left, cfg.steps, cfg.epsilon, generators) for _ in range(4)]
     rows = [known, torch.where(left, known, 0.25), *filled]
     run.output(save_grid, from_unit(torch.cat(rows)), "inpainting.png", columns=12,
                down=["test digit", "left half", "completed", "again", "again", "again"])

@@ -98,7 +98,7 @@ class NCSN(nn.Module):
         0.13. In the mean of 784 pixels noise of sigma_1 = 1 is noise of 1 / 28 only and hides no such difference; a
         network of a few hundred steps drives such starts to white. (The published one does not: see README.)
         """
-        return self.sigmas[0].item() * torch.randn(n, *shape, generator=generator).to(self.sigmas.device)
+        return self.sigmas[0].item() * noise_like(torch.empty(n, *shape, device=self.sigmas.device), generator)
 
     def step_size(self, i, epsilon):
         """alpha_i = epsilon sigma_i^2 / sigma_L^2, Alg. 1, line 3. A number."""

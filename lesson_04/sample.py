@@ -10,7 +10,7 @@
 import torch
 
 from model import NCSNv2, ScoreNet, from_unit
-from utils import Run, cli, report, save_gif, save_grid, save_npz, score
+from utils import Run, batches, cli, report, save_gif, save_grid, save_npz, score
 
 
 # Adapted from lesson_03/sample.py: main -- the step size follows from T; a last denoising step
@@ -21,7 +21,7 @@ def main(argv=None):
     ncsn, net = run.place(NCSNv2(**weights.config["ncsn"]), weights.load(ScoreNet(**weights.config["scorenet"])))
 
     shape, start = weights.data.shape, run.clock()
-    x = draw(ncsn, net, cfg.n, cfg.steps, run.generator(), cfg.denoise, cfg.batch, shape)
+    x = draw(ncsn, net, cfg.n, cfg.steps, run.generators(cfg.n), cfg.denoise, cfg.batch, shape)
     seconds = run.clock() - start
     run.output(save_grid, x[:64], cfg.out)
     calls = ncsn.levels * cfg.steps + cfg.denoise
@@ -29,7 +29,7 @@ def main(argv=None):
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, path(ncsn, net, 12, cfg.steps, run.generator(1), shape=shape), cfg.gif, columns=6)
+        run.output(save_gif, path(ncsn, net, cfg.steps, run.generators(6), shape=shape), cfg.gif, columns=6)
     if cfg.figures:
         figures(run, ncsn, net, x)
     if cfg.metrics:
@@ -41,16 +41,15 @@ def main(argv=None):
 
 # Adapted from lesson_03/sample.py: draw -- the last step instead of a step size
 def draw(ncsn, net, n, steps, generator, denoise=True, batch=128, shape=(1, 28, 28)):
-    """n samples in batches, (n, C, H, W) in about [-1, 1]."""
-    sizes = [min(batch, n - i) for i in range(0, n, batch)]
-    return torch.cat([from_unit(ncsn.sample(net, size, steps, shape, denoise, generator))
-                      for size in sizes])
+    """n samples in batches, (n, C, H, W) in about [-1, 1]. generator: a list, one for each of them, or one for all."""
+    parts = batches(n, batch, generator)
+    return torch.cat([from_unit(ncsn.sample(net, size, steps, shape, denoise, part)) for size, part in parts])
 
 
-def path(ncsn, net, n, steps, generator, frames=30, shape=(1, 28, 28)):
-    """Pictures of n chains on their way: x after a level and beside it the x_0 estimated from it, n / 2 of each."""
+def path(ncsn, net, steps, generators, frames=30, shape=(1, 28, 28)):
+    """Pictures of some chains on their way: each x after a level, and beside it the x_0 estimated from it."""
     ends = {}                                           # the last step of every level
-    for level, *images in ncsn.anneal(net, ncsn.start(n // 2, shape, generator), steps, generator):
+    for level, *images in ncsn.anneal(net, ncsn.start(len(generators), shape, generators), steps, generators):
         ends[level] = images
     x, _ = ends[ncsn.levels - 1]
     shown = [ends[i] for i in sorted({round(i) for i in torch.linspace(0, ncsn.levels - 1, frames).tolist()})]
@@ -61,7 +60,7 @@ def path(ncsn, net, n, steps, generator, frames=30, shape=(1, 28, 28)):
 def figures(run, ncsn, net, x):
     """Two more pictures: chains level by level, and samples above their nearest training images."""
     steps = run.config.sample.steps
-    frames = torch.stack(path(ncsn, net, 8, steps, run.generator(2), 14, x.shape[1:])[-12:])       # (12, 8, C, H, W)
+    frames = torch.stack(path(ncsn, net, steps, run.generators(4), 14, x.shape[1:])[-12:])          # (12, 8, C, H, W)
     sigmas = ncsn.sigmas[torch.linspace(0, ncsn.levels - 1, 14).round().long()].tolist()
     run.output(save_grid, frames.transpose(0, 1).flatten(0, 1), "levels.png", columns=len(frames),
                across=[*[f"{sigma:.2g}" for sigma in sigmas[-11:]], "end"], down=["chain", "expected"] * 4)

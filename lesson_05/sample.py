@@ -11,7 +11,7 @@
 import torch
 
 from model import DDPM, UNet, noise_like
-from utils import Run, cli, figure, report, save_figure, save_gif, save_grid, save_npz, save_strip, score
+from utils import Run, batches, cli, figure, report, save_figure, save_gif, save_grid, save_npz, save_strip, score
 
 
 def main(argv=None):
@@ -43,11 +43,8 @@ def main(argv=None):
 
 def draw(ddpm, net, n, steps, generator, clip=True, batch=128, shape=(1, 28, 28)):
     """n samples in batches, (n, C, H, W). generator: a list of one for each image, or one for all of them."""
-    x = []
-    for i in range(0, n, batch):
-        part = generator[i:i + batch] if isinstance(generator, list) else generator
-        x.append(ddpm.sample(net, min(batch, n - i), steps, shape, clip, part))
-    return torch.cat(x)
+    parts = batches(n, batch, generator)
+    return torch.cat([ddpm.sample(net, size, steps, shape, clip, part) for size, part in parts])
 
 
 def denoising(ddpm, net, steps, generators, clip=True, frames=24, shape=(1, 28, 28)):

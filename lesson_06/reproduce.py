@@ -33,9 +33,11 @@ from utils import (
     figure,
     floor,
     lines,
+    noise,
     published,
     save_figure,
     save_strip,
+    seeded,
     ticks,
 )
 
@@ -173,7 +175,8 @@ def measure(run, arm, steps, seed, change):
     """Draw n images in one way; their two FIDs, and the images."""
     cfg, way = run.config.reproduce, {"net": "published", "spacing": "uniform", "clip": "none", **FACTORS[change]}
     ddim, net = network(run, way["net"])
-    x = draw(ddim, net, cfg.n, seed, cfg.batch, times=ddim.times(steps, way["spacing"]), clip=way["clip"],
+    xT = noise(cfg.n, (1, 28, 28), seeded(seed))        # the same start for every arm
+    x = draw(ddim, net, xT, seeded(seed + 10**6), cfg.batch, times=ddim.times(steps, way["spacing"]), clip=way["clip"],
              **ETAS[arm]).cpu()
     return {"fid": fid_to_test(x), "fid_low": fid_to_test(x, low=True), "x": x}
 

@@ -11,7 +11,7 @@
 import torch
 
 from model import DDIM, UNet, slerp
-from utils import Run, cli, report, save_gif, save_grid, save_npz, save_strip, score
+from utils import Run, batches, cli, noise, report, save_gif, save_grid, save_npz, save_strip, score
 
 
 def main(argv=None):
@@ -22,14 +22,15 @@ def main(argv=None):
     way = {"times": ddim.times(cfg.steps, cfg.spacing), "eta": cfg.eta, "hat": cfg.sigma_hat, "clip": cfg.clip_x0}
 
     start = run.clock()
-    x = draw(ddim, net, cfg.n, cfg.seed, cfg.batch, shape, **way)
+    generators = run.generators(cfg.n)                  # one for each image: its x_T comes first, whatever eta is
+    x = draw(ddim, net, noise(cfg.n, shape, generators), generators, cfg.batch, **way)
     seconds = run.clock() - start
     run.output(save_grid, x[:64], cfg.out)
     print(f"{cfg.n} images, {len(way['times'])} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, denoising(ddim, net, 6, run.generator(1), shape=shape, **way), cfg.gif, columns=6)
+        run.output(save_gif, denoising(ddim, net, run.generators(6), shape=shape, **way), cfg.gif, columns=6)
     if cfg.figures:
         figures(run, ddim, net, **way)
     if cfg.metrics:
@@ -45,17 +46,16 @@ def load(run, weights):
     return run.place(DDIM(**weights.config["ddpm"]), weights.load(UNet(**weights.config["unet"])))
 
 
-def draw(ddim, net, n, seed, batch=128, shape=(1, 28, 28), **way):
-    """n samples in batches, (n, C, H, W). The seed gives the same x_T whatever eta, steps and batch are."""
-    noise, steps = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 10**6)
-    xT = torch.randn(n, *shape, generator=noise).to(ddim.abar.device)
-    return torch.cat([ddim.sample(net, part, generator=steps, **way) for part in xT.split(batch)])
+def draw(ddim, net, xT, generator, batch=128, **way):
+    """The images that start from xT, in batches. generator: of the steps; a list of one for each, or one for all."""
+    parts = zip(xT.to(ddim.abar.device).split(batch), batches(len(xT), batch, generator))
+    return torch.cat([ddim.sample(net, part, generator=own, **way) for part, (_, own) in parts])
 
 
-def denoising(ddim, net, n, generator, frames=30, shape=(1, 28, 28), **way):
-    """Pictures of one batch on its way: x_t and beside it the x_0 estimated from it, n of each."""
-    x, path = torch.randn(n, *shape, generator=generator).to(ddim.abar.device), []
-    for _, x_next, x0 in ddim.reverse(net, x, generator=generator, **way):
+def denoising(ddim, net, generators, frames=30, shape=(1, 28, 28), **way):
+    """Pictures of some images on their way: each x_t, and beside it the x_0 estimated from it."""
+    x, path = noise(len(generators), shape, generators).to(ddim.abar.device), []
+    for _, x_next, x0 in ddim.reverse(net, x, generator=generators, **way):
         path.append(torch.stack([x, x0], dim=1).flatten(0, 1).cpu())
         x = x_next
     path.append(torch.stack([x, x], dim=1).flatten(0, 1).cpu())
@@ -66,7 +66,7 @@ def figures(run, ddim, net, times, **way):
     """Three more pictures: the same noise with more and more steps, slerp between noises, images there and back."""
     cfg, T = run.config.sample, ddim.timesteps
     x0 = run.images(split="test", limit=12).all().to(run.device)
-    xT = torch.randn(12, *x0.shape[1:], generator=run.generator(2)).to(run.device)
+    xT = noise(12, x0.shape[1:], run.generators(12)).to(run.device)
     counts = [steps for steps in (5, 10, 20, 50, 100, 200) if steps <= T]
     run.output(save_strip, [ddim.sample(net, xT, ddim.times(steps, cfg.spacing)) for steps in counts], "steps.png")
     ways = [slerp(xT[:4], xT[4:8], w) for w in torch.linspace(0, 1, 11).tolist()]           # 11 of (4, C, H, W)

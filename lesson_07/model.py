@@ -15,7 +15,7 @@ from torchdiffeq import odeint
 
 # The t of UNet.forward is 999 times the time of this lesson, see SDE.score.
 from earlier import UNet  # lesson 05
-from earlier import wide  # lesson 01
+from earlier import noise_like, wide  # lesson 01
 
 EPS = 1e-5                                             # the smallest time of training and likelihood
 PREDICTORS = "euler_maruyama", "reverse_diffusion", "ancestral", "none"
@@ -217,12 +217,12 @@ class SDE(nn.Module):
             if predictor != "none":
                 score = self.score(net, x, t)
                 mean, std = predict(x, score, t, s)
-                x0, z = self.denoised(x, score, t), torch.randn(x.shape, generator=generator).to(x)
+                x0, z = self.denoised(x, score, t), noise_like(x, generator).to(x)
                 x = mean + wide(std, x) * z
             for _ in range(corrections):
                 score = self.score(net, x, s)
                 x0 = self.denoised(x, score, s)
-                x = self.langevin(x, score, t, s, snr, torch.randn(x.shape, generator=generator).to(x))
+                x = self.langevin(x, score, t, s, snr, noise_like(x, generator).to(x))
             yield now, x, x0
         yield then, *[self.last_step(net, x)] * 2
 
@@ -235,7 +235,7 @@ class SDE(nn.Module):
     # ------------------------------------------------------------------ probability-flow ODE, likelihood: Section 4.3
     def prior(self, shape, generator=None):
         """x_1 ~ N(0, prior_std^2 I) (Sec. 3.1), on the CPU: a seed gives the same for every device."""
-        return self.noising.prior_std * torch.randn(shape, generator=generator)
+        return self.noising.prior_std * noise_like(torch.empty(shape), generator)
 
     def prior_log_prob(self, x):
         """log p_1(x) in nats (Sec. 4.3), (B, ...) -> (B,)."""

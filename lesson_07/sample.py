@@ -9,7 +9,7 @@
 import torch
 
 from model import SDE, VE, UNet, quantise
-from utils import Run, cli, device_of, report, save_gif, save_grid, save_npz, score
+from utils import Run, batches, cli, device_of, report, save_gif, save_grid, save_npz, score
 
 
 class Counted:
@@ -27,13 +27,13 @@ def main(argv=None):
     sde, net = load(run, weights := run.weights())      # the file carries its network's configuration
     shape = weights.data.shape
     way, start = {"predictor": cfg.predictor, "corrections": cfg.corrections, "snr": cfg.snr}, run.clock()
-    x, calls = draw(sde, net, cfg.n, cfg.steps, run.generator(), cfg.batch, cfg.sampler, cfg.rtol, shape, **way)
+    x, calls = draw(sde, net, cfg.n, cfg.steps, run.generators(cfg.n), cfg.batch, cfg.sampler, cfg.rtol, shape, **way)
     print(f"{cfg.n} images, {calls} network calls each, in {(seconds := run.clock() - start):.1f} s")
     run.output(save_grid, x[:64], cfg.out)
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        frames = denoising(sde, net, 6, cfg.steps, run.generator(1), shape=shape, **way)
+        frames = denoising(sde, net, cfg.steps, run.generators(6), shape=shape, **way)
         run.output(save_gif, frames, cfg.gif, columns=6)
     if cfg.metrics:
         scores = score(x)
@@ -54,10 +54,10 @@ def draw(sde, net, n, steps, generator, batch=128, sampler="pc", rtol=1e-4, shap
         raise ValueError(f"sampler={sampler} is none of pc, ode")
     stop_after(sde, steps, sampler)
     net, device, parts = Counted(net), device_of(net), []
-    for size in [min(batch, n - i) for i in range(0, n, batch)]:
-        x = sde.prior((size, *shape), generator).to(device)
+    for size, part in batches(n, batch, generator):     # of a list of generators, one for each image, its part
+        x = sde.prior((size, *shape), part).to(device)
         parts.append(sde.ode_sample(net, x, rtol, rtol) if sampler == "ode" else
-                     [x for _, x, _ in sde.reverse(net, x, steps, generator=generator, **way)][-1])
+                     [x for _, x, _ in sde.reverse(net, x, steps, generator=part, **way)][-1])
     return quantise(torch.cat(parts)), round(net.calls / len(parts))
 
 
@@ -67,11 +67,11 @@ def stop_after(sde, steps, sampler="pc"):
     sde.sampling_eps = sde.noising.sampling_eps if keep else 1 / max(steps, 2)
 
 
-def denoising(sde, net, n, steps, generator, frames=30, shape=(1, 28, 28), **way):
-    """Pictures of one batch on its way: x_t, at the size of the data, and beside it the x_0 estimated from it."""
-    path, size, x = [], sde.noising.prior_std, sde.prior((n, *shape), generator).to(device_of(net))
+def denoising(sde, net, steps, generators, frames=30, shape=(1, 28, 28), **way):
+    """Pictures of some images on their way: x_t, at the size of the data, and beside it the x_0 estimated from it."""
+    path, size, x = [], sde.noising.prior_std, sde.prior((len(generators), *shape), generators).to(device_of(net))
     stop_after(sde, steps)
-    for t, x_next, x0 in sde.reverse(net, x, steps, generator=generator, **way):
+    for t, x_next, x0 in sde.reverse(net, x, steps, generator=generators, **way):
         path.append(torch.stack([x / size, x0], dim=1).flatten(0, 1).cpu())
         std = float(sde.noising.marginal(torch.tensor(t))[1])
         x, size = x_next, (1 + std ** 2) ** 0.5 if sde.noising.prior_std > 1 else 1.0

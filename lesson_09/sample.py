@@ -8,8 +8,8 @@
 
 import torch
 
-from model import IDDPM, UNet
-from utils import Run, cli, report, save_gif, save_grid, save_npz, score
+from model import IDDPM, UNet, noise_like
+from utils import Run, batches, cli, report, save_gif, save_grid, save_npz, score
 
 
 # Adapted from lesson_05/sample.py: main -- a learned variance, skipped steps, bits/dim
@@ -20,17 +20,16 @@ def main(argv=None):
     ddpm = IDDPM(**{**weights.config["ddpm"], **({"variance": cfg.variance} if cfg.variance else {})})
     net = weights.load(UNet(**weights.config["unet"]))
     ddpm, net = run.place(ddpm, net)
-    generator = run.generator()
 
     start = run.clock()
-    x = draw(ddpm, net, cfg.n, cfg.steps, generator, cfg.clip, cfg.batch, cfg.skip, weights.data.shape)
+    x = draw(ddpm, net, cfg.n, cfg.steps, run.generators(cfg.n), cfg.clip, cfg.batch, cfg.skip, weights.data.shape)
     seconds, calls = run.clock() - start, len(ddpm.times(cfg.steps, cfg.skip))
     run.output(save_grid, x[:64], cfg.out)
     print(f"{cfg.n} images, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        frames = denoising(ddpm, net, 12, cfg.steps, run.generator(1), cfg.clip, shape=weights.data.shape)
+        frames = denoising(ddpm, net, cfg.steps, run.generators(6), cfg.clip, shape=weights.data.shape)
         run.output(save_gif, frames, cfg.gif, columns=6)
     if cfg.bound:
         x0 = run.images(split="test").first(cfg.bound)[0].to(run.device)
@@ -47,16 +46,16 @@ def main(argv=None):
 
 # Adapted from lesson_05/sample.py: draw -- steps can be skipped
 def draw(ddpm, net, n, steps, generator, clip=True, batch=128, skip=0.0, shape=(1, 28, 28)):
-    """n samples in batches, (n, C, H, W)."""
-    sizes = [min(batch, n - i) for i in range(0, n, batch)]
-    return torch.cat([ddpm.sample(net, size, steps, shape, clip, generator, skip) for size in sizes])
+    """n samples in batches, (n, C, H, W). generator: a list of one for each image, or one for all of them."""
+    parts = batches(n, batch, generator)
+    return torch.cat([ddpm.sample(net, size, steps, shape, clip, part, skip) for size, part in parts])
 
 
-# Adapted from lesson_05/sample.py: denoising -- one generator for all images
-def denoising(ddpm, net, n, steps, generator, clip=True, frames=30, shape=(1, 28, 28)):
-    """Pictures of one batch on its way: x_t and beside it the x_0 estimated from it, n / 2 of each."""
-    x, path = torch.randn(n // 2, *shape, generator=generator).to(ddpm.abar.device), []
-    for _, x_next, x0 in ddpm.reverse(net, x, steps, clip, generator):
+# Copied from lesson_05/sample.py: denoising
+def denoising(ddpm, net, steps, generators, clip=True, frames=24, shape=(1, 28, 28)):
+    """Pictures of some images on their way: each x_t, and beside it the x_0 estimated from it."""
+    x, path = noise_like(torch.empty(len(generators), *shape, device=ddpm.abar.device), generators), []
+    for _, x_next, x0 in ddpm.reverse(net, x, steps, clip, generators):
         path.append(torch.stack([x, x0], dim=1).flatten(0, 1).cpu())
         x = x_next
     path.append(torch.stack([x, x], dim=1).flatten(0, 1).cpu())

@@ -9,7 +9,7 @@
 import torch
 
 from model import VDM, Network
-from utils import Run, cli, report, save_gif, save_grid, save_npz, score
+from utils import Run, batches, cli, noise, report, save_gif, save_grid, save_npz, score
 
 
 def main(argv=None):
@@ -17,13 +17,13 @@ def main(argv=None):
     cfg = run.config.sample
     vdm, net = load(run, weights := run.weights())      # the file carries its network's configuration
     start = run.clock()
-    x = draw(vdm, net, cfg.n, cfg.steps, run.generator(), cfg.batch, weights.data.shape)
+    x = draw(vdm, net, cfg.n, cfg.steps, run.generators(cfg.n), cfg.batch, weights.data.shape)
     print(f"{cfg.n} images, {cfg.steps} network calls each, in {(seconds := run.clock() - start):.1f} s")
     run.output(save_grid, x[:64], cfg.out)
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        frames = denoising(vdm, net, 12, cfg.steps, run.generator(1), shape=weights.data.shape)
+        frames = denoising(vdm, net, cfg.steps, run.generators(6), shape=weights.data.shape)
         run.output(save_gif, frames, cfg.gif, columns=6)
     if cfg.figures:
         figures(run, vdm, net, x)
@@ -48,8 +48,8 @@ def load(run, weights, **process):
 
 
 def draw(vdm, net, n, steps, generator, batch=128, shape=(1, 28, 28)):
-    """n samples in batches, (n, C, H, W)."""
-    return torch.cat([vdm.sample(net, min(batch, n - i), steps, shape, generator) for i in range(0, n, batch)])
+    """n samples in batches, (n, C, H, W). generator: a list of one for each image, or one for all of them."""
+    return torch.cat([vdm.sample(net, size, steps, shape, part) for size, part in batches(n, batch, generator)])
 
 
 def measure(vdm, net, x0, draws, generator, batch=128):
@@ -60,10 +60,10 @@ def measure(vdm, net, x0, draws, generator, batch=128):
     return {**terms, "bits_per_dim": sum(terms.values())}
 
 
-def denoising(vdm, net, n, steps, generator, frames=30, shape=(1, 28, 28)):
-    """Pictures of one batch on its way: z_t and beside it the x that the network expects, n / 2 of each."""
-    z, path = torch.randn(n // 2, *shape, generator=generator).to(vdm.values.device), []
-    for _, after, x in vdm.reverse(net, z, steps, generator):
+def denoising(vdm, net, steps, generators, frames=30, shape=(1, 28, 28)):
+    """Pictures of some images on their way: each z_t, and beside it the x that the network expects."""
+    z, path = noise(len(generators), shape, generators).to(vdm.values.device), []
+    for _, after, x in vdm.reverse(net, z, steps, generators):
         path.append(torch.stack([z, x], dim=1).flatten(0, 1).cpu())
         z = after
     path.append(torch.stack([z, z], dim=1).flatten(0, 1).cpu())

@@ -10,7 +10,7 @@
 import torch
 
 from model import DDPM, UNet, guided
-from utils import Run, UserError, cli, columns, report, save_gif, save_grid, save_npz, score
+from utils import Run, UserError, batches, cli, columns, noise, report, save_gif, save_grid, save_npz, score
 
 
 def main(argv=None):
@@ -21,16 +21,16 @@ def main(argv=None):
     c, times = wanted(cfg.labels, cfg.n, null).to(run.device), ddpm.times(cfg.steps, cfg.start)
 
     start = run.clock()
-    x = draw(ddpm, net, c, null, times, cfg.guidance, run.generator(), cfg.clip, cfg.batch, shape)
+    x = draw(ddpm, net, c, null, times, cfg.guidance, run.generators(cfg.n), cfg.clip, cfg.batch, shape)
     seconds, calls = run.clock() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
     run.output(save_grid, x[:60], cfg.out, columns=columns(null))
     print(f"{cfg.n} images, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz, labels=c)
     if cfg.gif:
-        eps = guided(net, c[:10], torch.full_like(c[:10], null), cfg.guidance)
-        xT = torch.randn(len(c[:10]), *shape, generator=run.generator(1)).to(run.device)
-        path = [torch.cat([x_s, x_0]).cpu() for _, x_s, x_0 in ddpm.reverse(eps, xT, times, cfg.clip, run.generator(2))]
+        eps, own = guided(net, c[:10], torch.full_like(c[:10], null), cfg.guidance), run.generators(len(c[:10]))
+        way = ddpm.reverse(eps, noise(len(own), shape, own).to(run.device), times, cfg.clip, own)
+        path = [torch.cat([x_s, x_0]).cpu() for _, x_s, x_0 in way]
         shown = sorted({round(i) for i in torch.linspace(0, len(path) - 1, 30).tolist()})
         run.output(save_gif, [path[i] for i in shown], cfg.gif, columns=len(c[:10]))
     if cfg.metrics:
@@ -63,9 +63,10 @@ def wanted(labels, n, null):
 
 
 def draw(ddpm, net, c, null, times, w, generator, clip=True, batch=128, shape=(1, 28, 28)):
-    """An image of every class in c (n,), in batches: (n, C, H, W)."""
-    return torch.cat([ddpm.sample(guided(net, part, torch.full_like(part, null), w), len(part), times, shape,
-                                  clip, generator) for part in c.split(batch)])
+    """An image of every class in c (n,), in batches: (n, C, H, W). generator: a list, one for each, or one for all."""
+    parts = zip(c.split(batch), batches(len(c), batch, generator))
+    return torch.cat([ddpm.sample(guided(net, part, torch.full_like(part, null), w), size, times, shape, clip, own)
+                      for part, (size, own) in parts])
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def load(run, weights, EDM=EDM):
 def arm_fid(run, edm, net, arm, seed):
     """FID of n images of one arm: Heun on 18 EDM levels, the noise of this seed."""
     cfg = run.config.reproduce
-    return {"fid": fid_to_test(draw(edm, net, cfg.n, seed, cfg.batch, edm.levels(18)).nan_to_num())}
+    return {"fid": fid_to_test(draw(edm, net, cfg.n, seeded(seed), cfg.batch, edm.levels(18)).nan_to_num())}
 
 
 def way(edm, sampler, calls):
@@ -160,17 +160,17 @@ def sampler_fid(run, sampler, calls, seed):
     """FID of n images that the published network draws in this way."""
     cfg, (edm, net) = run.config.reproduce, load(run, published(run, OURS))
     sigmas, how = way(edm, sampler, calls)
-    return {"fid": fid_to_test(draw(edm, net, cfg.n, seed, cfg.batch, sigmas, **how))}
+    return {"fid": fid_to_test(draw(edm, net, cfg.n, seeded(seed), cfg.batch, sigmas, **how))}
 
 
 def distances(run, seed):
     """RMS distance of each sampler's images, at each number of calls, to those of `long` Heun steps."""
     cfg, (edm, net) = run.config.reproduce, load(run, published(run, OURS))
-    reference, table = draw(edm, net, cfg.paired, seed, cfg.batch, edm.levels(cfg.long)), {}
+    reference, table = draw(edm, net, cfg.paired, seeded(seed), cfg.batch, edm.levels(cfg.long)), {}
     for sampler in SAMPLERS:
         for calls in cfg.calls:
             sigmas, how = way(edm, sampler, calls)
-            x = draw(edm, net, cfg.paired, seed, cfg.batch, sigmas, **how)
+            x = draw(edm, net, cfg.paired, seeded(seed), cfg.batch, sigmas, **how)
             table.setdefault(sampler, {})[str(calls)] = float((x - reference).square().mean().sqrt())
     return {"distance": table}
 

@@ -8,7 +8,7 @@
 import torch
 
 from model import EDM, UNet
-from utils import Run, UserError, cli, device_of, report, save_gif, save_grid, save_npz, score, seeded
+from utils import Run, UserError, batches, cli, device_of, noise, report, save_gif, save_grid, save_npz, score
 
 
 def main(argv=None):
@@ -22,14 +22,14 @@ def main(argv=None):
         raise UserError(f"churn={cfg.churn:g} is Algorithm 2, which needs solver=heun schedule=edm")
     calls = cfg.steps if cfg.solver == "euler" else 2 * cfg.steps - 1
     start = run.clock()
-    x = draw(edm, net, cfg.n, cfg.seed, cfg.batch, sigmas, shape, **how)
+    x = draw(edm, net, cfg.n, run.generators(cfg.n), cfg.batch, sigmas, shape, **how)
     seconds = run.clock() - start
     run.output(save_grid, x[:64], cfg.out)
     print(f"{cfg.n} images, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, denoising(edm, net, 6, run.generator(1), sigmas, shape=shape, **how), cfg.gif, columns=6)
+        run.output(save_gif, denoising(edm, net, run.generators(6), sigmas, shape=shape, **how), cfg.gif, columns=6)
     if cfg.figures:
         figures(run, edm, net, shape)
     if cfg.metrics:
@@ -45,11 +45,10 @@ def load(run, weights):
     return run.place(EDM(**weights.config["edm"]), weights.load(UNet(**weights.config["unet"])))
 
 
-def draw(edm, net, n, seed, batch, sigmas, shape=(1, 28, 28), **how):
-    """n samples in batches, (n, C, H, W). The seed gives the same start whatever the way from there."""
-    noise = torch.randn(n, *shape, generator=seeded(seed)).to(device_of(net))
-    on_the_way = seeded(seed + 10**6)
-    return torch.cat([edm.sample(net, part, sigmas, generator=on_the_way, **how) for part in noise.split(batch)])
+def draw(edm, net, n, generator, batch, sigmas, shape=(1, 28, 28), **how):
+    """n samples in batches, (n, C, H, W). generator: a list, one for each, or one for all: first for the starts."""
+    parts = zip(noise(n, shape, generator).to(device_of(net)).split(batch), batches(n, batch, generator))
+    return torch.cat([edm.sample(net, start, sigmas, generator=own, **how) for start, (_, own) in parts])
 
 
 def scaled(edm, y, sigma):
@@ -57,11 +56,11 @@ def scaled(edm, y, sigma):
     return edm.to_image(y * edm.sigma_data / (sigma ** 2 + edm.sigma_data ** 2) ** 0.5)
 
 
-def denoising(edm, net, n, generator, sigmas, frames=30, shape=(1, 28, 28), **how):
-    """Pictures of one batch on its way: x, scaled, and beside it the image D(x; sigma) that is expected, n of each."""
-    noise = torch.randn(n, *shape, generator=generator).to(device_of(net))
-    path, y = [], noise * sigmas[0]
-    for sigma, x, clean in edm.reverse(net, noise, sigmas, generator=generator, **how):
+def denoising(edm, net, generators, sigmas, frames=30, shape=(1, 28, 28), **how):
+    """Pictures of some images on their way: each x, scaled, and beside it the image D(x; sigma) that is expected."""
+    start = noise(len(generators), shape, generators).to(device_of(net))
+    path, y = [], start * sigmas[0]
+    for sigma, x, clean in edm.reverse(net, start, sigmas, generator=generators, **how):
         path.append(torch.stack([scaled(edm, y, sigma).float(), clean], dim=1).flatten(0, 1).cpu())
         y = edm.standardise(x)
     path.append(torch.stack([x, x], dim=1).flatten(0, 1).cpu())
@@ -76,8 +75,8 @@ def figures(run, edm, net, shape):
     y = y + sigma[:, None, None, None] * torch.randn(y.shape, generator=run.generator(2)).to(run.device)
     pairs = torch.cat([scaled(edm, y, sigma[:, None, None, None]), edm.to_image(edm.denoise(net, y, sigma))])
     run.output(save_grid, pairs, "denoised.png", columns=9, scale=3, across=levels, down=["x, scaled", "D(x)"])
-    seed, levels = run.settings.seed, edm.levels(40)
-    rows = {f"churn={c:g}": draw(edm, net, 12, seed, 12, levels, shape, churn=c) for c in (0.0, 1.0, 4.0, 16.0)}
+    row = lambda churn: draw(edm, net, 12, run.generators(12), 12, edm.levels(40), shape, churn=churn)
+    rows = {f"churn={churn:g}": row(churn) for churn in (0.0, 1.0, 4.0, 16.0)}
     run.output(save_grid, torch.cat(list(rows.values())), "churn.png", columns=12, down=rows)
 
 

@@ -11,7 +11,7 @@
 import torch
 
 from model import RectifiedFlow, UNet
-from utils import Run, UserError, cli, digits, report, save_gif, save_grid, save_npz, score, seeded
+from utils import Run, UserError, batches, cli, digits, noise, report, save_gif, save_grid, save_npz, score, seeded
 
 
 def main(argv=None):
@@ -21,16 +21,16 @@ def main(argv=None):
         raise UserError(f"noise={cfg.noise:g} is a sampler of its own: leave out solver={cfg.solver}")
     flow, net = load(run, path, cfg.model)
     test = None if cfg.source == "noise" else run.images(split="test")
-    start = lambda n, seed: starts(cfg.source, n, seed, run.data["shape"], test)
-    z0, begin = start(cfg.n, cfg.seed).to(run.device), run.clock()
-    x, calls = draw(flow, net, z0, cfg)
+    generators, begin = run.generators(cfg.n), run.clock()                  # one for each image
+    z0 = starts(cfg.source, cfg.n, cfg.seed, run.data["shape"], test, generators).to(run.device)
+    x, calls = draw(flow, net, z0, cfg, generators)
     seconds = run.clock() - begin
     run.output(save_grid, x[:64], cfg.out)
     print(f"{len(x)} images of {cfg.model}, network calls each: {calls}, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, way(run, path, start(6, cfg.seed + 1)), cfg.gif, columns=6)
+        run.output(save_gif, way(run, path, z0[:6]), cfg.gif, columns=6)
     if cfg.metrics:
         print(report(scores := score(x)))
         run.record(f"sample_{cfg.model}_{cfg.solver}_{calls}", nfe=calls, seconds=round(seconds, 1), model=cfg.model,
@@ -49,19 +49,19 @@ def subset(name, data, seed=0):
     return None if name == "noise" else data.ordered(seed, None if name == "digits" else int(name))
 
 
-def starts(source, n, seed, shape=(1, 28, 28), test=None):
-    """n starts: noise of this seed, or n images of a class of the test set. (n, C, H, W)."""
+def starts(source, n, seed, shape=(1, 28, 28), test=None, generators=None):
+    """n starts: noise of this seed or of a generator for each, or n images of a class of the test set. (n, C, H, W)."""
     if source == "noise":                               # moved: a training with this seed pairs the noise that it gives
-        return torch.randn(n, *shape, generator=seeded(seed + 10**7))
+        return noise(n, shape, generators or seeded(seed + 10**7))
     data = subset(source, test or digits("test", 1))
     return data.first(min(n, len(data)), seed)[0]
 
 
-def draw(flow, net, z0, cfg):
+def draw(flow, net, z0, cfg, generators):
     """The images that the starts are carried to, and the network calls (of dopri5: the mean of the batches)."""
-    parts = [(flow.stochastic(net, part, cfg.steps, cfg.noise, seeded(cfg.seed + 10**6 + i)), cfg.steps) if cfg.noise
+    parts = [(flow.stochastic(net, part, cfg.steps, cfg.noise, own), cfg.steps) if cfg.noise
              else flow.sample(net, part, cfg.solver, cfg.steps, cfg.tolerance)
-             for i, part in enumerate(z0.split(cfg.batch))]
+             for part, (_, own) in zip(z0.split(cfg.batch), batches(len(z0), cfg.batch, generators))]
     return torch.cat([x for x, _ in parts]), round(sum(calls for _, calls in parts) / len(parts))
 
 
@@ -70,7 +70,7 @@ def way(run, path, z0, frames=30):
     rows = []
     for model in ("1-rf", "2-rf"):
         flow, net = load(run, path, model)
-        z, v = flow.path(net, z0.to(run.device), frames)
+        z, v = flow.path(net, z0, frames)
         aims = [flow.predict_z1(z[i], v[i], i / frames) for i in range(frames)] + [z[-1]]
         rows.append([torch.cat(pair) for pair in zip(z, aims)])
     return [torch.cat(pair) for pair in zip(*rows)]

@@ -10,7 +10,7 @@
 import torch
 
 from model import MMDiT, RectifiedFlow, for_encoders, guided
-from utils import Run, UserError, captions, cli, device_of, report, save_gif, save_grid, save_npz, score
+from utils import Run, UserError, captions, cli, device_of, noise, report, save_gif, save_grid, save_npz, score
 
 GRID = [captions.caption(digit, {"thickness": a, "slant": b})
         for a in range(3) for b in range(3) for digit in range(10)]
@@ -25,7 +25,7 @@ def main(argv=None):
         texts = [said[0] for said in captions.captioned("test", limit=cfg.n, without_held_out=False).captions]
     texts = (texts * -(-cfg.n // len(texts)))[:cfg.n]
     digit = torch.tensor([captions.read_caption(text)[0]["digit"] if text else -1 for text in texts])    # -1: none
-    grid, n = flow.grid(cfg.steps, cfg.shift, cfg.official), torch.randn(cfg.n, 1, 28, 28, generator=run.generator())
+    grid, n = flow.grid(cfg.steps, cfg.shift, cfg.official), noise(cfg.n, (1, 28, 28), run.generators(cfg.n))
 
     start = run.clock()
     x = draw(flow, net, words, texts, n, grid, cfg.guidance, cfg.encoders, cfg.batch)

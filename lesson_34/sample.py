@@ -10,7 +10,7 @@
 import torch
 
 from model import Flux, RectifiedFlow, given, guided
-from utils import Run, UserError, cli, device_of, report, save_gif, save_grid, save_npz, score
+from utils import Run, UserError, cli, device_of, noise, report, save_gif, save_grid, save_npz, score
 from utils.captions import STYLES, Tokenizer, caption, captioned, follow, read_caption
 
 TEACHER = "weights_teacher.safetensors"                 # what train.py calls it
@@ -29,7 +29,7 @@ def main(argv=None):
     digit = torch.tensor([read_caption(text)[0]["digit"] if text else -1 for text in texts])        # -1: none
 
     start = run.clock()
-    x = draw(flow, net, words, texts, cfg, run.generator())
+    x = draw(flow, net, words, texts, cfg, run.generators(cfg.n))
     seconds, calls = run.clock() - start, cfg.steps * passes(cfg)
     labels = {} if cfg.prompt or cfg.metrics else {"across": range(10), "down": STYLES[:-(-len(x) // 10)]}
     run.output(save_grid, x[:90], cfg.out, columns=10, **labels)
@@ -37,7 +37,7 @@ def main(argv=None):
     if cfg.npz:
         run.output(save_npz, x, cfg.npz, labels=digit)
     if cfg.gif:                                         # above x_t, below the image that the network expects
-        n = torch.randn(len(texts[:90:11]), 1, 28, 28, generator=run.generator(1)).to(run.device)
+        n = noise(cfg.n, (1, 28, 28), run.generators(cfg.n))[:90:11].to(run.device)
         way = flow.reverse(velocity(net, words, texts[:90:11], cfg), n, flow.grid(cfg.steps, tokens(net)))
         run.output(save_gif, [torch.cat([x_s, x_0]).cpu() for _, x_s, x_0 in way], cfg.gif, columns=len(n))
     if cfg.metrics:
@@ -73,8 +73,8 @@ def tokens(net, width=28):
 
 
 def draw(flow, net, words, texts, cfg, generator, width=28):
-    """An image of every caption, in batches: (n, 1, 28, width)."""
-    n = torch.randn(len(texts), 1, 28, width, generator=generator).to(device_of(net))
+    """An image of every caption, in batches: (n, 1, 28, width). generator: a list of one for each, or one for all."""
+    n = noise(len(texts), (1, 28, width), generator).to(device_of(net))
     grid, batches = flow.grid(cfg.steps, tokens(net, width)), range(0, len(n), cfg.batch)
     batches = [slice(i, i + cfg.batch) for i in batches]
     return torch.cat([flow.sample(velocity(net, words, texts[part], cfg), n[part], grid) for part in batches])

@@ -12,7 +12,7 @@
 import torch
 
 from model import FlowMatching, UNet, bits_per_dim, dequantise, quantise, signs
-from utils import Run, cli, report, save_gif, save_grid, save_npz, score
+from utils import Run, cli, noise, report, save_gif, save_grid, save_npz, score
 
 
 def main(argv=None):
@@ -22,15 +22,16 @@ def main(argv=None):
     flow = FlowMatching(**weights.config["flow"])
     flow, net = run.place(flow, weights.load(UNet(**weights.config["unet"])))
 
-    shape, start = weights.data.shape, run.clock()
-    x, calls = draw(flow, net, noise(cfg.n, run, shape), cfg.batch, cfg.solver, cfg.steps, cfg.tolerance)
+    start = run.clock()
+    eps = noise(cfg.n, weights.data.shape, run.generators(cfg.n)).to(run.device)           # every image has its own
+    x, calls = draw(flow, net, eps, cfg.batch, cfg.solver, cfg.steps, cfg.tolerance)
     seconds = run.clock() - start
     run.output(save_grid, x[:64], cfg.out)
     print(f"{cfg.n} images, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
-        run.output(save_gif, way(flow, net, noise(6, run, shape, 1)), cfg.gif, columns=6)
+        run.output(save_gif, way(flow, net, eps[:6]), cfg.gif, columns=6)
     if cfg.bits:
         x0 = run.images(split="test").first(cfg.bits)[0].to(run.device)
         bits, bits_calls = likelihood(flow, net, x0, cfg.tolerance)
@@ -43,11 +44,6 @@ def main(argv=None):
         print(report(scores))
         run.record(f"sample_{cfg.solver}_{calls}", nfe=calls, seconds=round(seconds, 1), solver=cfg.solver, **scores)
     return x
-
-
-def noise(n, run, shape=(1, 28, 28), offset=0):
-    """n noises of this run's seed, (n, C, H, W)."""
-    return torch.randn(n, *shape, generator=run.generator(offset)).to(run.device)
 
 
 def draw(flow, net, eps, batch, *solver):

@@ -10,6 +10,7 @@ import torch
 from conftest import load
 from utils import UserError
 from utils.config import Section
+from utils.seeds import generators
 
 model = load("lesson_02", "model")
 DPM, Binomial = model.DPM, model.Binomial
@@ -335,6 +336,12 @@ def test_bits_are_drawn_with_their_probability_and_end_as_coins():
         share = chain.q_draw(ones, torch.full((40_000,), t), torch.Generator().manual_seed(t)).mean().item()
         assert share == pytest.approx(0.5 + 0.5 * chain.abar[t].item(), abs=0.01)
     assert chain.abar[49].item() == pytest.approx(0, abs=1e-12)
+
+
+def test_every_sequence_of_bits_has_its_own_coins():
+    chain, net = Binomial(30), lambda x, t: 0.7 * x
+    few, more = (chain.sample(net, n, (16,), generators(0, n)) for n in (3, 5))
+    assert torch.equal(few, more[:3]) and len(more.unique(dim=0)) == 5
 
 
 def test_kl_of_two_coins():

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from conftest import ROOT, load
+from utils import noise as start
+from utils import seeded
+from utils.seeds import generators
 
 model = load("lesson_06", "model")
 DDIM, UNet, slerp = model.DDIM, model.UNet, model.slerp
@@ -227,11 +230,15 @@ def test_eta_0_draws_no_noise_and_a_seed_gives_the_same_start():
     before = torch.get_rng_state()
     a = ddim.sample(net, torch.ones(2, 1, 2, 2), tau)
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(a, ddim.sample(net, torch.ones(2, 1, 2, 2), tau))
-    assert torch.equal(*(sample.draw(ddim, net, 6, 3, batch, times=tau) for batch in (2, 6)))
-    b, c = (sample.draw(ddim, net, 6, 3, times=tau, eta=eta) for eta in (0.0, 1.0))
-    assert not torch.equal(b, c)
-    assert torch.equal(c, sample.draw(ddim, net, 6, 3, times=tau, eta=1.0))
-    assert not torch.equal(b, sample.draw(ddim, net, 6, 4, times=tau))
+    draw = lambda seed, batch=128, **way: sample.draw(ddim, net, start(6, (1, 28, 28), own := generators(seed, 6)), own,
+                                                      batch, times=tau, **way)
+    assert torch.equal(draw(3, 2), draw(3, 6))
+    b, c = (draw(3, eta=eta) for eta in (0.0, 1.0))
+    assert not torch.equal(b, c) and torch.equal(c, draw(3, eta=1.0)) and torch.allclose(c, draw(3, 2, eta=1.0))
+    assert not torch.equal(b, draw(4))
+    xT = start(6, (1, 28, 28), seeded(3))                  # as reproduce.py: one generator for all images
+    a, b = (sample.draw(ddim, net, xT, seeded(4), times=tau, eta=eta) for eta in (0.0, 1.0))
+    assert torch.equal(a, ddim.sample(net, xT, tau)) and not torch.equal(a, b)
 
 
 def test_more_steps_end_at_the_same_image():

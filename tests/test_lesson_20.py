@@ -9,6 +9,7 @@ import torch
 
 from conftest import load
 from utils import UserError, digits
+from utils.seeds import generators
 
 model = load("lesson_20", "model")
 EDM, UNet, SCHEDULES = model.EDM, model.UNet, model.SCHEDULES
@@ -481,7 +482,8 @@ def test_every_way_starts_from_the_same_noise():
     edm, first = EDM(), []
     for levels, how in (("edm", {}), ("vp", {"solver": "euler"}), ("ve", {"schedule": "vp"}), ("edm", {"churn": 5.0})):
         seen = []
-        load("lesson_20", "sample").draw(edm, Silent(1, 1), 3, 7, 2, edm.levels(4, levels), **how)
+        load("lesson_20", "sample").draw(edm, Silent(1, 1), 3, generators(7, 3), 2, edm.levels(4, levels),
+                                         **how)
         first.append(torch.cat([seen[0], seen[len(seen) // 2]]))                 # two batches: of 2 and of 1
     assert first[0].shape == (3, 1, 28, 28) and first[0].std().item() == pytest.approx(1, abs=0.05)
     assert all(torch.allclose(one, first[0], atol=1e-5) for one in first[1:])

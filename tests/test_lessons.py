@@ -8,6 +8,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import re
@@ -44,6 +45,8 @@ HEADINGS = pages.ORDER
 FIRST_ORDER = [HEADINGS[at] for at in (0, 5, 1, 6, 2, 3, 4, 7, 8, 9, 10)]
 OLD_PAGES = "05a", "05b"                               # those that still have this order
 LOCAL = ("gpu=false", "device=cpu", "threads=1")       # alike on every machine
+NOISY = {"04": ["steps=1"], "06": ["steps=10", "eta=1.0"], "20": ["steps=3", "churn=3.0"],      # noise on the way, too
+         "21": ["model=1-rf", "steps=3", "noise=1.0"]}
 MB = 1e6
 
 
@@ -235,6 +238,23 @@ def test_samples_at_once_from_the_published_weights(folder, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------ README.md
+def test_an_image_has_its_own_noise(folder, entry, tmp_path):
+    """Image 3 of a seed is the same for any n and batch: its start, and every noise on its way.
+
+    Equal in the mean: rounding differs with the batch, and a step from pure noise can make it 160 times as large.
+    What looks at a whole batch keeps only the noise: the steps of dopri5 in lessons 07, 21 and 39, and lesson 07's
+    corrections, whose size is a mean over the batch.
+    """
+    def draw(n, batch, seed=0):
+        return load(folder, "sample").main([*LOCAL, f"runs={tmp_path}", "weights=published", f"n={n}", f"batch={batch}",
+                                            f"seed={seed}", *NOISY.get(entry["number"], ["steps=10"])])
+
+    few, more, others = draw(4, 3), draw(5, 5), draw(4, 3, seed=1)
+    gap = lambda a, b: float((a - b).abs().mean())
+    assert max(map(gap, few, more)) < 1e-4
+    assert min(itertools.starmap(gap, [*itertools.combinations(more, 2), *zip(few, others)])) > 1e-2, "two are alike"
+
+
 def test_headings(folder, entry):
     page = re.sub(r"^(```|~~~).*?^\1", "", text(folder, "README.md"), flags=re.S | re.M)
     found, parent = re.findall(r"^## +(.+?) *$", page, flags=re.M), (entry["parents"] or [None])[0]

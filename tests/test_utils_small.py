@@ -42,6 +42,7 @@ from utils import scores as judging
 from utils.device import auto_precision, check_processes, device_name, fast_bf16, peak_memory_mb
 from utils.errors import Diverged, cli, disk_error
 from utils.files import lock, read_json, update_json
+from utils.seeds import generators
 
 
 # ------------------------------------------------------------------ averages of weights
@@ -85,6 +86,16 @@ def test_ema_of_a_share_is_as_long_as_its_run(share):
         ema.update(net)
         age[n] = ema.module.weight.item() / n
     assert age[4000] == pytest.approx(1 / (1 + share), abs=2e-3) and age[2000] == pytest.approx(age[4000], abs=2e-3)
+
+
+def test_generators_of_images_and_their_batches():
+    few, more = (utils.noise(n, (2, 3), generators(7, n)) for n in (3, 5))
+    assert torch.equal(few, more[:3]) and len(more.flatten(1).unique(dim=0)) == 5
+    assert not torch.equal(few, utils.noise(3, (2, 3), generators(8, 3)))
+    assert torch.equal(utils.noise(3, (2, 3), utils.seeded(1)), torch.randn(3, 2, 3, generator=utils.seeded(1)))
+    own, one = generators(0, 5), utils.seeded(0)
+    assert list(utils.batches(5, 2, own)) == [(2, own[:2]), (2, own[2:4]), (1, own[4:])]
+    assert list(utils.batches(5, 2, one)) == [(2, one), (2, one), (1, one)]
 
 
 def test_ema_moves_and_ends_near_the_weights():

@@ -27,12 +27,12 @@ from .optim import muon
 from .plots import dots, lines, ticks
 from .run import Run, Weights, code_hash, ramp, save_weights, trained
 from .scores import classify, fid_to_test, floor, report, score
-from .seeds import derive
+from .seeds import batches, derive, noise
 
 __all__ = [
-    "Arm", "Claim", "EMA", "Rows", "Run", "Section", "UserError", "Weights", "above", "arm_weights", "atomic", "below",
-    "classify", "cli", "code_hash", "columns", "derive", "deviation", "device_of", "digits", "dots", "fid_to_test",
-    "figure", "floor", "grid", "lines", "muon", "pooled", "published", "ramp", "read_json", "report", "save_figure",
-    "save_gif", "save_grid", "save_npz", "save_strip", "save_weights", "saved", "score", "seeded", "show", "ticks",
-    "to_float", "to_uint8", "trained", "update_json", "write_json",
+    "Arm", "Claim", "EMA", "Rows", "Run", "Section", "UserError", "Weights", "above", "arm_weights", "atomic",
+    "batches", "below", "classify", "cli", "code_hash", "columns", "derive", "deviation", "device_of", "digits", "dots",
+    "fid_to_test", "figure", "floor", "grid", "lines", "muon", "noise", "pooled", "published", "ramp", "read_json",
+    "report", "save_figure", "save_gif", "save_grid", "save_npz", "save_strip", "save_weights", "saved", "score",
+    "seeded", "show", "ticks", "to_float", "to_uint8", "trained", "update_json", "write_json",
 ]

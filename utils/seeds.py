@@ -18,3 +18,16 @@ def derive(*numbers):
 def generators(seed, n):
     """A CPU generator for each of n images. Image i has the same noise for any n, batch size and device."""
     return [torch.Generator().manual_seed(derive(seed, image)) for image in range(n)]
+
+
+def batches(n, batch, generator):
+    """n images in batches: the size of each and its random numbers, a part of a list of generators or the only one."""
+    for i in range(0, n, batch):
+        yield min(batch, n - i), generator[i:i + batch] if isinstance(generator, list) else generator
+
+
+def noise(n, shape, generator):
+    """Standard Gaussian noise for n images, on the CPU, (n, *shape); of a list of generators each image has its own."""
+    if isinstance(generator, list):
+        return torch.stack([torch.randn(shape, generator=one) for one in generator[:n]])
+    return torch.randn(n, *shape, generator=generator)

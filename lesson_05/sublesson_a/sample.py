@@ -10,7 +10,7 @@
 import torch
 
 from model import DDPM, UNet, error_by_time, noise_like
-from utils import Run, cli, figure, report, save_figure, save_gif, save_grid, save_npz, save_strip, score
+from utils import Run, batches, cli, figure, report, save_figure, save_gif, save_grid, save_npz, save_strip, score
 
 
 # Copied from lesson_05/sample.py: main
@@ -44,11 +44,8 @@ def main(argv=None):
 # Copied from lesson_05/sample.py: draw
 def draw(ddpm, net, n, steps, generator, clip=True, batch=128, shape=(1, 28, 28)):
     """n samples in batches, (n, C, H, W). generator: a list of one for each image, or one for all of them."""
-    x = []
-    for i in range(0, n, batch):
-        part = generator[i:i + batch] if isinstance(generator, list) else generator
-        x.append(ddpm.sample(net, min(batch, n - i), steps, shape, clip, part))
-    return torch.cat(x)
+    parts = batches(n, batch, generator)
+    return torch.cat([ddpm.sample(net, size, steps, shape, clip, part) for size, part in parts])
 
 
 # Copied from lesson_05/sample.py: denoising

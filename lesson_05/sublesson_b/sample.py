@@ -10,7 +10,7 @@
 import torch
 
 from model import RULES, Interpolation, UNet
-from utils import Run, UserError, cli, digits, report, save_gif, save_npz, save_strip, score
+from utils import Run, UserError, batches, cli, digits, report, save_gif, save_npz, save_strip, score
 
 
 def main(argv=None):
@@ -26,13 +26,13 @@ def main(argv=None):
             run.refuse(key, f"the process of these weights knows at most {most}")
     x0, y0, _, _ = pairs(cfg.n, cfg.seed, run.images(split="test"))
 
-    def way(x0, y0, lams, t=t, rule=cfg.rule, seed=0):
+    def way(x0, y0, lams, t=t, rule=cfg.rule, generators=None):              # default: the noise of the first pairs
         return ddpm.between(net, x0.to(run.device), y0.to(run.device), lams, t, rule, steps, cfg.clip,
-                            run.generator(seed)).cpu()
+                            generators or run.generators(len(x0))).cpu()
 
     start = run.clock()
-    batches = enumerate(zip(x0.split(cfg.batch), y0.split(cfg.batch)))
-    x = torch.cat([way(a, b, [0.5], seed=i)[0] for i, (a, b) in batches])
+    parts = zip(x0.split(cfg.batch), y0.split(cfg.batch), batches(cfg.n, cfg.batch, run.generators(cfg.n)))
+    x = torch.cat([way(a, b, [0.5], generators=own)[0] for a, b, (_, own) in parts])
     seconds, calls = run.clock() - start, len(ddpm.times(t, steps)) - 1
     print(f"{cfg.n} pairs mixed at t = {t}, {calls} network calls each, in {seconds:.1f} s")
     run.output(save_strip, strip(x0[:8], y0[:8], way(x0[:8], y0[:8], [i / 8 for i in range(9)])), cfg.out)

@@ -9,7 +9,7 @@
 import torch
 
 from model import DDPM, UNet, guided
-from utils import Run, cli, report, save_gif, save_grid, save_npz, score
+from utils import Run, batches, cli, noise, report, save_gif, save_grid, save_npz, score
 from utils.captions import STYLES, Tokenizer, caption, captioned, follow, read_caption
 
 GRID = [caption(digit, {"thickness": a, "slant": b}) for a in range(3) for b in range(3) for digit in range(10)]
@@ -27,7 +27,7 @@ def main(argv=None):
     digit = torch.tensor([read_caption(text)[0]["digit"] if text else -1 for text in texts])        # -1: none
 
     start = run.clock()
-    x = draw(ddpm, net, words, texts, cfg.steps, cfg.guidance, run.generator(), cfg.batch)
+    x = draw(ddpm, net, words, texts, cfg.steps, cfg.guidance, run.generators(cfg.n), cfg.batch)
     seconds, calls = run.clock() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
     labels = {} if cfg.prompt or cfg.metrics else {"across": range(10), "down": STYLES[:-(-len(x) // 10)]}
     run.output(save_grid, x[:90], cfg.out, columns=10, **labels)
@@ -36,8 +36,8 @@ def main(argv=None):
         run.output(save_npz, x, cfg.npz, labels=digit)
     if cfg.gif:
         eps, c = conditioned(net, words, texts[:90:11], cfg.guidance, run.device)
-        xT = torch.randn(len(c), 1, 28, 28, generator=run.generator(1)).to(run.device)
-        way = ddpm.reverse(eps, xT, cfg.steps, generator=run.generator(2))
+        own = run.generators(cfg.n)[:90:11]
+        way = ddpm.reverse(eps, noise(len(own), (1, 28, 28), own).to(run.device), cfg.steps, generator=own)
         path = [torch.cat([x_s, x_0]).cpu() for _, x_s, x_0 in way]
         shown = sorted({round(i) for i in torch.linspace(0, len(path) - 1, 30).tolist()})
         run.output(save_gif, [path[i] for i in shown], cfg.gif, columns=len(c))
@@ -63,10 +63,10 @@ def conditioned(net, words, texts, guidance, device):
 
 
 def draw(ddpm, net, words, texts, steps, guidance, generator, batch=128):
-    """An image of every caption, in batches: (n, 1, 28, 28)."""
-    parts = [texts[i:i + batch] for i in range(0, len(texts), batch)]
-    return torch.cat([ddpm.sample(conditioned(net, words, part, guidance, ddpm.abar.device)[0], len(part), steps,
-                                  generator=generator) for part in parts])
+    """An image of every caption, in batches: (n, 1, 28, 28). generator: a list of one for each, or one for all."""
+    parts = zip(range(0, len(texts), batch), batches(len(texts), batch, generator))
+    return torch.cat([ddpm.sample(conditioned(net, words, texts[i:i + batch], guidance, ddpm.abar.device)[0], size,
+                                  steps, generator=own) for i, (size, own) in parts])
 
 
 if __name__ == "__main__":
