@@ -19,6 +19,7 @@ import os
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -287,6 +288,7 @@ def pretend_cuda(mode, capability):
     cuda.is_initialized, cuda._lazy_init, cuda.set_device = lambda: True, lambda: None, lambda *_: None
     cuda.get_device_capability, cuda.get_device_name = lambda *_: capability, lambda *_: "Tesla T4"
     cuda.max_memory_allocated = lambda *_: 0
+    cuda.get_device_properties = lambda *_: SimpleNamespace(L2_cache_size=4 << 20)
     cuda.get_rng_state, cuda.set_rng_state = lambda *_: torch.get_rng_state(), lambda *_: None
     cuda.manual_seed_all = cuda.manual_seed = lambda *_: None
     cuda.is_current_stream_capturing = lambda: False

@@ -160,7 +160,8 @@ def test_looks_at_the_error_do_not_change_the_training(tmp_path):
 
 def test_start_takes_over_lesson_05s_weights(tmp_path):
     start = Path(train.__file__).parent.parent / "results" / "weights.safetensors"
-    keys = ["unet.channels=32", "unet.groups=8", "steps=1", "lr=1e-12", "preview_every=0", "eval_every=0"]
+    keys = ["unet.channels=32", "unet.mults=[1, 2]", "unet.blocks=1", "unet.patch=2", "unet.groups=8", "steps=1",
+            "lr=1e-12", "preview_every=0", "eval_every=0"]
     result = train.main([*TINY, f"runs={tmp_path}", "start=../results/weights.safetensors", *keys])
     ours, theirs = load_file(result.weights), load_file(start)
     assert all(torch.allclose(ours[key].float(), theirs[key].float(), atol=1e-3) for key in theirs)

@@ -7,7 +7,9 @@ import json
 import math
 import os
 import re
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,13 +189,19 @@ def test_all_lessons_share_the_time_and_a_failure_stops_none(faked, tmp_path, ca
     assert [row["lesson"] for row in both["Tesla T4"]["rows"]] == ["02", "05", "05a", "05b"] and "NVIDIA L4" in both
 
 
-def test_a_lesson_that_breaks_or_hangs(monkeypatch):
-    """Here there is no GPU, which is how its process breaks."""
+def test_a_lesson_that_breaks_or_hangs(launch, monkeypatch):
+    """Here there is no GPU, which is how its process breaks. That process has torch already."""
     lesson, = gpu_budget.chosen(["05"])
-    row = gpu_check.start(lesson, 60, True)
-    assert row == {"lesson": "05", "error": "failed: tools.gpu_check measures on an NVIDIA GPU, and no CUDA device was "
-                                            "found"}
     assert gpu_check.start(lesson, 0.01, True) == {"lesson": "05", "error": "not done after 0 s"}
+
+    def run(command, cwd, timeout, **_):
+        assert command[:3] == [sys.executable, "-m", "tools.gpu_check"] and cwd == ROOT and timeout == 60
+        process = launch("tools/gpu_check.py", *command[3:])
+        return SimpleNamespace(returncode=process.wait(), stderr=process.err)
+
+    monkeypatch.setattr(gpu_check, "subprocess", SimpleNamespace(run=run))
+    assert gpu_check.start(lesson, 60, True) == {
+        "lesson": "05", "error": "failed: tools.gpu_check measures on an NVIDIA GPU, and no CUDA device was found"}
 
 
 @pytest.mark.parametrize("argv, message", [

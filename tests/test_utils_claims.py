@@ -120,13 +120,12 @@ def main(argv=None):
     run = Run(__file__, argv)
     net = Net(**run.config.mlp)
     ema, data = EMA(net, 0.0), SimpleNamespace(batch_size=2, batch=lambda *_: (torch.ones(2, 3), torch.ones(2)))
-    optimizer = torch.optim.SGD(net.parameters(), lr=run.config.train.lr)
-    run.track(net=net, optimizer=optimizer)
+    run.track(net=net)                                 # no optimizer: to import the first one takes a process seconds
     for step, (x, _) in run.steps(data):
         loss = Loss()(net, x) * (float("nan") if run.config.train.lr > 1 else 1)
-        optimizer.zero_grad()
+        net.zero_grad()
         loss.backward()
-        optimizer.step()
+        net.w.data -= run.config.train.lr * net.w.grad
         ema.update(net)
         run.log(error=loss)
         if run.every(run.config.train.preview_every):

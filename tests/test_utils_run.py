@@ -25,7 +25,7 @@ from utils.run import Stopped
 
 train, sample = load("lesson_05", "train"), load("lesson_05", "sample")
 TINY = ["smoke=true", "steps=12", "save_every=4", "log_every=3", "preview_every=0", "batch_size=8", "lr=0.002",
-        "warmup=2", "ema_decay=0.999", "unet.channels=8", "unet.groups=4", "threads=1", "device=cpu"]
+        "warmup=2", "ema_share=0.1", "unet.channels=8", "unet.groups=4", "threads=1", "device=cpu"]
 
 
 def tiny(folder, *argv):
@@ -260,7 +260,7 @@ def test_steps_and_lr_may_change_on_resume_which_is_told_and_recorded(cut, strai
 
 
 def test_the_overlay_of_the_gpu_is_laid_on_resume_as_it_was(tmp_path, monkeypatch):
-    for gpu, mults in (("true", [1, 2, 2]), ("false", [1, 2])):
+    for gpu, attention in (("true", [14]), ("false", [])):
         runs = tmp_path / gpu
         with monkeypatch.context() as patch, pytest.raises(Stopped):
             stop_after(patch, 2)
@@ -270,7 +270,7 @@ def test_the_overlay_of_the_gpu_is_laid_on_resume_as_it_was(tmp_path, monkeypatc
         path.write_text(json.dumps(made | {"argv": [a for a in made["argv"] if a != f"gpu={gpu}"]}))
         assert made["config"]["train"]["gpu"] == (gpu == "true")       # automatic: found, or not found, by that machine
         result = train.main([f"runs={runs}", "--resume", "smoke=true", "device=cpu", "gpu=auto"])
-        assert Weights(result.weights, "lesson_05").config["unet"].mults == mults
+        assert Weights(result.weights, "lesson_05").config["unet"].attention == attention
 
 
 def test_nothing_to_resume(straight, tmp_path):
@@ -924,7 +924,7 @@ old = d.Images.batch
 def batch(data, step, *rest):
     if step == 6:
         HAPPENS
-        time.sleep(1.1)                                # the bar draws once a second
+    time.sleep(1.1 if step in WAITS else 0)
     return old(data, step, *rest)
 d.Images.batch = batch
 """
@@ -932,8 +932,14 @@ CLOSED = "read, write = os.pipe(); os.dup2(write, 1); os.close(read)"
 HUNG_UP = "os.kill(os.getpid(), signal.SIGHUP); os.close(terminal); os.kill(os.getpid(), signal.SIGHUP)"
 
 
+def at_six(happens, *waits):
+    """Code that lets something happen as step 7 begins; these steps take more than the second in which a bar draws."""
+    return AT_SIX.replace("HAPPENS", happens).replace("WAITS", str(waits))
+
+
 def test_what_nobody_reads_any_more_stops_and_saves(launch, straight, tmp_path):
-    process = launch("lesson_05/train.py", *tiny(tmp_path), before=AT_SIX.replace("HAPPENS", CLOSED))
+    """Within a second, also where the bar has drawn before, and has seen how many steps a second holds."""
+    process = launch("lesson_05/train.py", *tiny(tmp_path), before=at_six(CLOSED, 5, 6))
     assert process.wait() == 130 and "stopped and saved after step 7; go on with" in process.err, process.err
     assert "Traceback" not in process.err and "Exception" not in process.err
     assert outcome(train.main(tiny(tmp_path, "--resume")).folder) == straight.outcome
@@ -942,13 +948,13 @@ def test_what_nobody_reads_any_more_stops_and_saves(launch, straight, tmp_path):
 def test_the_end_of_the_terminal_saves_but_not_what_nohup_started(launch, straight, tmp_path):
     # The tests may have been started with nohup, which a training would take for its own.
     before = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-    before += AT_SIX.replace("HAPPENS", HUNG_UP) + "terminal, end = pty.openpty()\nos.dup2(end, 1), os.dup2(end, 2)\n"
+    before += at_six(HUNG_UP, 6) + "terminal, end = pty.openpty()\nos.dup2(end, 1), os.dup2(end, 2)\n"
     process = launch("lesson_05/train.py", *tiny(tmp_path), before=before)
     assert process.wait() == 130
     assert read_checkpoint(run_folder(tmp_path) / "last.pt", "lesson_05")["step"] == 7
     assert outcome(train.main(tiny(tmp_path, "--resume")).folder) == straight.outcome
-    nohup = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + AT_SIX.replace(
-        "HAPPENS", "os.kill(os.getpid(), signal.SIGHUP)")              # its output is a file
+    nohup = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + at_six(
+        "os.kill(os.getpid(), signal.SIGHUP)")         # its output is a file
     process = launch("lesson_05/train.py", *tiny(tmp_path), before=nohup)
     assert process.wait() == 0 and outcome(run_folder(tmp_path, 2)) == straight.outcome
 

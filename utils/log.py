@@ -64,11 +64,14 @@ class Log:
 
 @contextmanager
 def progress(step, end, shown):
-    """A bar in text from `step` to `end`, where it is shown; yields tqdm's bar."""
+    """A bar in text from `step` to `end`, drawn once a second where it is shown; yields tqdm's bar.
+
+    miniters: it looks at the clock at every step, else quick steps before a slow one would make it wait for more.
+    """
     from tqdm import tqdm
 
-    with tqdm(total=end, initial=step, disable=not shown, mininterval=1.0, unit="step", file=sys.stdout, ascii=True,
-              ncols=90) as bar:
+    with tqdm(total=end, initial=step, disable=not shown, mininterval=1.0, miniters=1, unit="step", file=sys.stdout,
+              ascii=True, ncols=90) as bar:
         yield bar
 
 
