@@ -25,7 +25,7 @@ from utils.run import Stopped
 
 train, sample = load("lesson_05", "train"), load("lesson_05", "sample")
 TINY = ["smoke=true", "steps=12", "save_every=4", "log_every=3", "preview_every=0", "batch_size=8", "lr=0.002",
-        "warmup=2", "ema_share=0.1", "unet.channels=8", "unet.groups=4", "threads=1", "device=cpu"]
+        "warmup=2", "ema_share=0.1", "processes=1", "threads=1", "device=cpu"]
 
 
 def tiny(folder, *argv):
@@ -444,7 +444,8 @@ def damage(path, kind):
     elif kind == "text":
         content = b"not a checkpoint"
     else:
-        content[int(len(content) * kind)] ^= 4
+        start = int(len(content) * kind)               # longer than what only fills up between two tensors
+        content[start:start + 200] = bytes(byte ^ 4 for byte in content[start:start + 200])
     path.write_bytes(content)
 
 
