@@ -64,7 +64,7 @@ def figures(run, ddpm, net, x):
     seen = run.images(limit=run.config.train.images).all()
     few = x[:12].cpu()
     nearest = seen[torch.cdist(few.flatten(1), seen.flatten(1)).argmin(1)]
-    run.output(save_grid, torch.cat([few, nearest]), "neighbours.png", columns=12, down=("sample", "nearest"))
+    run.output(save_grid, torch.cat([few, nearest]), "neighbours.png", columns=len(few), down=("sample", "nearest"))
     times = torch.linspace(0, ddpm.timesteps - 1, 13).round().long().tolist()
     fig, ax = figure()
     unseen = run.images(split="test", limit=256).all()

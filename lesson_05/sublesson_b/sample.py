@@ -72,11 +72,12 @@ def figures(run, ddpm, net, way, x0, y0, steps):
     depths = [min(t, ddpm.timesteps - 1) for t in run.config.reproduce.depths]
     rows = [torch.stack([(1 - lam) * a + lam * b for lam in lams]), *(way(a, b, lams, t) for t in depths),
             ddpm.spherical(net, a.to(run.device), b.to(run.device), lams, steps).cpu()]
+    across = [f"{lam:.2g}" for lam in lams] * len(a)
     save = lambda rows, name, down: run.output(save_grid, torch.stack(rows).transpose(1, 2).flatten(0, 2), name,
-                                               columns=7 * len(a), across=[f"{lam:.2g}" for lam in lams] * 2, down=down)
+                                               columns=len(across), across=across, down=down)
     save(rows, "depths.png", ["pixels", *(f"t = {t}" for t in depths), "codes"])
     ways = [(t, rule) for t in (depths[len(depths) // 2], depths[-1]) for rule in RULES]
-    save([way(a, b, lams, *one) for one in ways], "rules.png", [f"{rule}, t = {t}" for t, rule in ways])
+    save([way(a, b, lams, *one) for one in ways], "rules.png", [f"{rule}, {t}" for t, rule in ways])
 
 
 if __name__ == "__main__":
