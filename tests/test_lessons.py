@@ -44,7 +44,7 @@ PUBLISHED = ("samples.png", "denoising.gif", "loss.png", "claim.png", "claim.jso
 TRAINED = {"loss.png", "weights.safetensors"}          # of a lesson that publishes a training of its own
 HEADINGS = pages.ORDER
 FIRST_ORDER = [HEADINGS[at] for at in (0, 5, 1, 6, 2, 3, 4, 7, 8, 9, 10)]
-OLD_PAGES = "05a", "05b"                               # those that still have this order
+OLD_PAGES = ("05b",)                                   # those that still have this order
 LOCAL = ("gpu=false", "device=cpu", "threads=1")       # alike on every machine
 NOISY = {"03": ["steps=2"], "04": ["steps=1"],         # at each of many levels; below: with noise on the way, too
          "06": ["steps=10", "eta=1.0"], "20": ["steps=3", "churn=3.0"], "21": ["model=1-rf", "steps=3", "noise=1.0"]}

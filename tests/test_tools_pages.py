@@ -6,7 +6,7 @@ import pytest
 from tools import pages
 
 ROOT = Path(__file__).resolve().parent.parent
-OLD_PAGES = "lesson_05/sublesson_a/README.md", "lesson_05/sublesson_b/README.md"       # still in another order
+OLD_PAGES = ("lesson_05/sublesson_b/README.md",)       # still in another order
 
 
 # ------------------------------------------------------------------------------------------- the real pages

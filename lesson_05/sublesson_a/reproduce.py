@@ -26,7 +26,7 @@ import torch
 import train
 from model import DDPM, UNet, error_by_time
 from sample import draw
-from utils import Arm, Claim, Weights, below, cli, digits, figure, save_figure, seeded
+from utils import Arm, Claim, Weights, below, cli, digits, figure, save_figure, seeded, ticks
 
 
 def main(argv=None):
@@ -147,42 +147,48 @@ def copy_ratio(x, seen):
 
 # ------------------------------------------------------------------ what is drawn
 def plot(claim, path):
-    """Errors by step on few images, long and short; the gap by time; copies; the loss with the mistake; all images."""
-    fig, ((long, few, by_t), (histogram, bug, brief)) = figure(2, 3, width=4.2)
+    """Errors and gap on few images; copies, and longer trainings; briefly on all images, and the mistake."""
+    fig, axes = figure(3, 2, width=4.2, height=2.8)
+    (few, by_t), (histogram, long), (brief, bug) = axes
     rows, seed = [row for row in claim.rows if not row.get("diverged")], claim.rows[0]["seed"]
     colour = {p: f"C{i}" for i, p in enumerate(sorted({row["p"] for row in rows}))}
     arm = lambda what, every=False: [row for row in rows if row["what"] == what and (every or row["seed"] == seed)]
-    for ax, what in ((long, "long"), (few, "few")):
-        for row in arm(what):
-            c, line = row["curve"], colour[row["p"]]
-            if c["look"]:
-                ax.plot(c["look"], c["test_error"], f"{line}-", label=f"p = {row['p']}, test images")
-                ax.plot(c["look"], c["train_error"], f"{line}--", label="images trained on", lw=1)
-        ax.set(xlabel="training step", ylabel="error", yscale="log",
-               title=f"{images(claim.cfg, what):,} images, one seed")
     for p, line in colour.items():
+        few.plot([], [], f"{line}-", label=f"p = {p}")
         gaps = [[b - a for a, b in zip(row["by_time"]["train"], row["by_time"]["test"])]
                 for row in arm("few", every=True) if row["p"] == p]
         if gaps:
-            by_t.plot(rows[0]["times"], [statistics.mean(g) for g in zip(*gaps)], f"{line}o-", ms=3, label=f"p = {p}")
+            by_t.plot(rows[0]["times"], [statistics.mean(g) for g in zip(*gaps)], f"{line}o-", ms=3)
         tests = [row["test"] for row in arm("all", every=True) if row["p"] == p]
-        brief.plot([p] * len(tests), tests, f"{line}o")
+        brief.plot([p] * len(tests), tests, f"{line}o", ms=5)
+    few.plot([], [], "k--", lw=1, label="dashed: images trained on")
+    for ax, what in ((few, "few"), (long, "long")):
+        for row in arm(what):
+            c, line = row["curve"], colour[row["p"]]
+            if c["look"]:
+                ax.plot(c["look"], c["test_error"], f"{line}-")
+                ax.plot(c["look"], c["train_error"], f"{line}--", lw=1)
+        ax.set(xlabel="training step", ylabel="error", yscale="log")
     edges = [k / 40 for k in range(41)]
     for row in arm("few"):
-        histogram.stairs(row["ratios"]["samples"], edges, color=colour[row["p"]], label=f"p = {row['p']}")
-    histogram.stairs(arm("few")[0]["ratios"]["digits"], edges, color="grey", label="test digits")
+        histogram.stairs(row["ratios"]["samples"], edges, color=colour[row["p"]])
+    histogram.stairs(arm("few")[0]["ratios"]["digits"], edges, color="grey", label="grey: test digits")
     for row in (arm("few")[0], arm("few")[-1], *arm("forgotten")):
         late = row["what"] == "forgotten"
         bug.plot(row["curve"]["step"], row["curve"]["loss"], "k-" if late else colour[row["p"]], lw=1,
-                 label=f"p = {row['p']}" + (", eval() never undone" if late else ""))
-    by_t.set(xlabel="t", ylabel="error, unseen minus seen", title=f"{claim.cfg.few} images, mean of the seeds")
-    histogram.set(xlabel="nearest / second nearest distance", ylabel="share", title="copies, one seed")
-    bug.set(xlabel="training step", ylabel="training loss", yscale="log", title="the mistake")
-    brief.set(xlabel="p", ylabel="error on test images", title=f"60,000 images, {claim.cfg.all_steps} steps")
-    for ax in (long, few, by_t, histogram, bug, brief):
+                 label=f"black: p = {row['p']}, eval() never undone" if late else None)
+    few.set(title=f"(a) {claim.cfg.few} images, one seed")
+    by_t.set(xlabel="t", ylabel="error, unseen minus seen", title=f"(a) {claim.cfg.few} images, mean of the seeds")
+    histogram.set(xlabel="nearest / second nearest distance", ylabel="share", title="(b) is a sample a copy? One seed")
+    long.set(title=f"{claim.cfg.long:,} images from nothing, one seed")
+    brief.set(xlabel="p", ylabel="error on test images", xticks=list(colour),
+              title=f"(c) 60,000 images, {claim.cfg.all_steps} steps")
+    bug.set(xlabel="training step", ylabel="training loss", yscale="log", title="(d) the mistake, one seed")
+    for ax in axes.flat:
         ax.grid(alpha=0.3)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=7)
+        if ax.get_yscale() == "log":
+            ticks(ax.yaxis)
+    fig.legend(loc="outside upper center", ncols=3, fontsize=9)
     return save_figure(fig, path)
 
 

@@ -10,7 +10,7 @@
 import torch
 
 from model import DDPM, UNet, error_by_time, noise_like
-from utils import Run, batches, cli, figure, report, save_figure, save_gif, save_grid, save_npz, save_strip, score
+from utils import Run, batches, cli, figure, report, save_figure, save_gif, save_grid, save_npz, score, ticks
 
 
 # Copied from lesson_05/sample.py: main
@@ -63,7 +63,8 @@ def figures(run, ddpm, net, x):
     """Two pictures: samples above their nearest training images; the error by time on seen and unseen images."""
     seen = run.images(limit=run.config.train.images).all()
     few = x[:12].cpu()
-    run.output(save_strip, [few, seen[torch.cdist(few.flatten(1), seen.flatten(1)).argmin(1)]], "neighbours.png")
+    nearest = seen[torch.cdist(few.flatten(1), seen.flatten(1)).argmin(1)]
+    run.output(save_grid, torch.cat([few, nearest]), "neighbours.png", columns=len(few), down=("sample", "nearest"))
     times = torch.linspace(0, ddpm.timesteps - 1, 13).round().long().tolist()
     fig, ax = figure()
     unseen = run.images(split="test", limit=256).all()
@@ -71,6 +72,7 @@ def figures(run, ddpm, net, x):
         error = error_by_time(ddpm, net, images.to(run.device), times, run.generator(2))
         ax.semilogy(times, error, "o-", label=label)
     ax.set(xlabel="t", ylabel="squared error of the predicted noise")
+    ticks(ax.yaxis)
     ax.legend()
     run.output(save_figure, fig, "loss_by_t.png")
 

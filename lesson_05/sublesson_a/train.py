@@ -10,7 +10,7 @@
 import torch
 
 from model import DDPM, UNet, error_by_time
-from utils import EMA, Run, Weights, cli, figure, ramp, save_figure, save_grid
+from utils import EMA, Run, Weights, cli, figure, ramp, save_figure, save_grid, ticks
 
 
 def preview(run, ddpm, net, ema, shape):
@@ -63,6 +63,7 @@ def curves(records, path):
         rows = [row for row in records if key in row]
         ax.plot([row["step"] for row in rows], [row[key] for row in rows], label=label)
     ax.set(xlabel="training step", ylabel="squared error of the noise, EMA", yscale="log")
+    ticks(ax.yaxis)
     ax.grid(alpha=0.3)
     ax.legend()
     return save_figure(fig, path)

@@ -19,7 +19,7 @@ import torch
 
 from model import RULES, Interpolation, UNet, noise_share
 from sample import pairs
-from utils import Claim, above, below, classify, cli, deviation, fid_to_test, figure, floor, save_figure, seeded
+from utils import Claim, above, below, classify, cli, deviation, fid_to_test, figure, floor, save_figure, seeded, ticks
 
 CODE, BLEND, ALONE = "slerp of DDIM codes", "blend", "keep"
 
@@ -101,26 +101,33 @@ def measure(run, what, t, seed):
 
 # ------------------------------------------------------------------ what is drawn
 def plot(claim, path):
-    """FID, confidence and retention against the depth, one curve for each rule."""
-    fig, axes = figure(1, 3, width=4.2)
+    """Against the depth: FID, confidence and classes of the middle, a curve for each rule; classes of a digit alone."""
+    fig, axes = figure(2, 2, width=4.2, height=2.9)
     rows, depths = claim.rows, sorted(claim.cfg.depths)
-    for ax, key, label in zip(axes, ("fid", "confidence", "kept"),
-                              ("FID of the middle", "label judge's confidence", "share with a source's class")):
+    for ax, key, label in zip(axes.flat, ("fid", "confidence", "kept"),
+                              (f"FID (n = {claim.cfg.n})", "label judge's confidence", "share with a source's class")):
         for i, rule in enumerate(RULES):
             table = [rows.values(key, what=rule, t=t) for t in depths]
             ax.errorbar(depths, [statistics.mean(v) for v in table], [deviation(v) for v in table], fmt="o-",
                         color=f"C{i}", label=rule, ms=4)
-        ax.axhline(rows.mean(key, what=BLEND), color="black", ls="--", lw=1, label="pixel blend")
+        ax.axhline(rows.mean(key, what=BLEND), color="black", ls="--", lw=1, label="mean of the pixels")
         ax.axhline(rows.mean(key, what=CODE), color="C4", ls="-.", lw=1, label=CODE)
-        ax.set(xlabel="depth t", ylabel=label)
+        ax.set(ylabel=label)
+    (fid, confidence), (middle, alone) = axes
+    handles = fid.get_legend_handles_labels()
+    fid.axhline(claim.notes["floor"], color="grey", ls=":", lw=1)
+    fid.set(yscale="log", title="(a), (c) the middle: FID; dotted: floor")
+    ticks(fid.yaxis)
+    confidence.set(title="(a) the middle: confidence")
+    middle.axhline(0.2, color="grey", ls=":", lw=1)
+    middle.set(title="the middle: classes; dotted: chance", ylim=(0, 1.05))
+    alone.plot(depths, [rows.mean("kept", what=ALONE, t=t) for t in depths], "s-", color="C3", ms=4)
+    alone.axhline(rows.mean("chance", what=ALONE, t=depths[-1]), color="grey", ls=":", lw=1)
+    alone.set(ylabel="share with its own class", title="(b) a digit alone; dotted: chance", ylim=(0, 1.05))
+    for ax in axes.flat:
+        ax.set(xlabel="depth t", xticks=depths)
         ax.grid(alpha=0.3)
-    axes[0].axhline(claim.notes["floor"], color="grey", ls=":", lw=1)
-    axes[0].set(yscale="log", title=f"n = {claim.cfg.n}; dotted: floor")
-    axes[1].legend(fontsize=7)
-    axes[2].plot(depths, [rows.mean("kept", what=ALONE, t=t) for t in depths], "s-", color="C3",
-                 label="alone (lam = 0)")
-    axes[2].axhline(rows.mean("chance", what=ALONE, t=depths[-1]), color="C3", ls=":", lw=1, label="its chance")
-    axes[2].legend(fontsize=7)
+    fig.legend(*handles, loc="outside upper center", ncols=3, fontsize=9)
     return save_figure(fig, path)
 
 

@@ -10,7 +10,7 @@
 import torch
 
 from model import RULES, Interpolation, UNet
-from utils import Run, UserError, batches, cli, digits, report, save_gif, save_npz, save_strip, score
+from utils import Run, UserError, batches, cli, digits, report, save_gif, save_grid, save_npz, score
 
 
 def main(argv=None):
@@ -35,13 +35,14 @@ def main(argv=None):
     x = torch.cat([way(a, b, [0.5], generators=own)[0] for a, b, (_, own) in parts])
     seconds, calls = run.clock() - start, len(ddpm.times(t, steps)) - 1
     print(f"{cfg.n} pairs mixed at t = {t}, {calls} network calls each, in {seconds:.1f} s")
-    run.output(save_strip, strip(x0[:8], y0[:8], way(x0[:8], y0[:8], [i / 8 for i in range(9)])), cfg.out)
+    lams, a, b = [i / 8 for i in range(9)], x0[:8], y0[:8]
+    rows = torch.cat([a[None], way(a, b, lams), b[None]]).transpose(0, 1).flatten(0, 1)         # one for each pair
+    run.output(save_grid, rows, cfg.out, columns=11, across=("image", *(f"{lam:g}" for lam in lams), "image"))
     if cfg.npz:
         run.output(save_npz, x, cfg.npz)
     if cfg.gif:
         lams, a, b = [i / 24 for i in range(25)], x0[:10], y0[:10]
-        blend = [(1 - lam) * a + lam * b for lam in lams]
-        frames = [torch.cat([above, below]) for above, below in zip(way(a, b, lams), blend)]
+        frames = [torch.cat([mixed, (1 - lam) * a + lam * b]) for lam, mixed in zip(lams, way(a, b, lams))]
         run.output(save_gif, frames, cfg.gif, columns=len(a))
     if cfg.figures:
         figures(run, ddpm, net, way, x0, y0, steps)
@@ -65,20 +66,18 @@ def pairs(n, seed, data=None):
     return x[0][different], x[1][different], label[0][different], label[1][different]
 
 
-def strip(x0, y0, way):
-    """Rows for a picture: x0, the way from lam = 0 to 1 (len(lams), B, 1, 28, 28), y0."""
-    return [torch.cat([a[None], way[:, i], b[None]]) for i, (a, b) in enumerate(zip(x0, y0))]
-
-
 def figures(run, ddpm, net, way, x0, y0, steps):
-    """Two pairs at every depth between a cross-fade and the code of lesson 06; one pair under the three rules."""
+    """Two pairs at every depth between a cross-fade and the codes of lesson 06; the same under the three rules."""
     a, b, lams = x0[:2], y0[:2], [i / 6 for i in range(7)]
     depths = [min(t, ddpm.timesteps - 1) for t in run.config.reproduce.depths]
     rows = [torch.stack([(1 - lam) * a + lam * b for lam in lams]), *(way(a, b, lams, t) for t in depths),
             ddpm.spherical(net, a.to(run.device), b.to(run.device), lams, steps).cpu()]
-    run.output(save_strip, [torch.cat([row[:, 0], row[:, 1]]) for row in rows], "depths.png")
-    rows = [way(a, b, lams, t, rule) for t in (depths[len(depths) // 2], depths[-1]) for rule in RULES]
-    run.output(save_strip, [torch.cat([row[:, 0], row[:, 1]]) for row in rows], "rules.png")
+    across = [f"{lam:.2g}" for lam in lams] * len(a)
+    save = lambda rows, name, down: run.output(save_grid, torch.stack(rows).transpose(1, 2).flatten(0, 2), name,
+                                               columns=len(across), across=across, down=down)
+    save(rows, "depths.png", ["pixels", *(f"t = {t}" for t in depths), "codes"])
+    ways = [(t, rule) for t in (depths[len(depths) // 2], depths[-1]) for rule in RULES]
+    save([way(a, b, lams, *one) for one in ways], "rules.png", [f"{rule}, {t}" for t, rule in ways])
 
 
 if __name__ == "__main__":
