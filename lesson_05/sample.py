@@ -62,9 +62,11 @@ def figures(run, ddpm, net, x):
     train, test = run.images().all(), run.images(split="test", limit=128).all().to(run.device)
     eps = torch.randn(128, *test.shape[1:], generator=run.generator(2)).to(run.device)
     times = torch.linspace(0, ddpm.timesteps - 1, 13, device=run.device).round().long()
-    run.output(save_strip, [ddpm.q_sample(x0.expand_as(eps[:13]), times, eps[:13]) for x0 in test[:3]], "forward.png")
+    run.output(save_strip, [ddpm.q_sample(x0.expand_as(eps[:13]), times, eps[:13]) for x0 in test[:3]], "forward.png",
+               across=[f"t = {t}" for t in times.tolist()])
     few = x[:12].cpu()
-    run.output(save_strip, [few, train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]], "neighbours.png")
+    run.output(save_strip, [few, train[torch.cdist(few.flatten(1), train.flatten(1)).argmin(1)]], "neighbours.png",
+               down=["sample", "nearest"])
     error = []
     with torch.no_grad():
         for t in times[:, None].expand(-1, len(test)):

@@ -68,12 +68,15 @@ def figures(run, ddim, net, times, **way):
     x0 = run.images(split="test", limit=12).all().to(run.device)
     xT = noise(12, x0.shape[1:], run.generators(12)).to(run.device)
     counts = [steps for steps in (5, 10, 20, 50, 100, 200) if steps <= T]
-    run.output(save_strip, [ddim.sample(net, xT, ddim.times(steps, cfg.spacing)) for steps in counts], "steps.png")
-    ways = [slerp(xT[:4], xT[4:8], w) for w in torch.linspace(0, 1, 11).tolist()]           # 11 of (4, C, H, W)
+    run.output(save_strip, [ddim.sample(net, xT, ddim.times(steps, cfg.spacing)) for steps in counts], "steps.png",
+               down=[f"{steps} steps" for steps in counts])
+    ws = torch.linspace(0, 1, 11).tolist()
+    ways = [slerp(xT[:4], xT[4:8], w) for w in ws]                          # 11 of (4, C, H, W)
     x = ddim.sample(net, torch.stack(ways, dim=1).flatten(0, 1), times)
-    run.output(save_strip, x.split(len(ways)), "slerp.png")
+    run.output(save_strip, x.split(len(ways)), "slerp.png", across=[f"w = {w:.1f}" for w in ws])
     back = [ddim.sample(net, ddim.encode(net, x0, tau), tau) for tau in (ddim.times(s) for s in counts[1:5:2])]
-    run.output(save_strip, [x0, ddim.encode(net, x0, times), *back], "reconstruction.png")
+    run.output(save_strip, [x0, ddim.encode(net, x0, times), *back], "reconstruction.png",
+               down=["test", "x_T", *(f"{steps} steps" for steps in counts[1:5:2])])
 
 
 if __name__ == "__main__":

@@ -84,9 +84,9 @@ def save_grid(x, path, columns=None, scale=2, across=(), down=()):
     return _write(path, lambda file: picture.save(file, "PNG"))
 
 
-def save_strip(rows, path, scale=2):
-    """Write a list of rows, each (N, C, H, W), under each other as a PNG. Returns the path."""
-    return save_grid(torch.cat(list(rows)), path, columns=len(rows[0]), scale=scale)
+def save_strip(rows, path, scale=2, across=(), down=()):
+    """Write a list of rows, each (N, C, H, W), under each other as a PNG, with labels as in `grid`. Returns the path."""
+    return save_grid(torch.cat(list(rows)), path, columns=len(rows[0]), scale=scale, across=across, down=down)
 
 
 GIF_FRAMES, GIF_BYTES = 24, 250_000                     # at most; every version of a picture stays in git for ever
