@@ -85,7 +85,7 @@ def save_grid(x, path, columns=None, scale=2, across=(), down=()):
 
 
 def save_strip(rows, path, scale=2, across=(), down=()):
-    """Write a list of rows, each (N, C, H, W), under each other as a PNG, with labels as in `grid`. Returns the path."""
+    """Write a list of rows, each (N, C, H, W), under each other as a PNG, labelled as in `grid`. Returns the path."""
     return save_grid(torch.cat(list(rows)), path, columns=len(rows[0]), scale=scale, across=across, down=down)
 
 
