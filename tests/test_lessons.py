@@ -43,8 +43,6 @@ PUBLISHED = ("samples.png", "denoising.gif", "loss.png", "claim.png", "claim.jso
              "weights.safetensors")
 TRAINED = {"loss.png", "weights.safetensors"}          # of a lesson that publishes a training of its own
 HEADINGS = pages.ORDER
-FIRST_ORDER = [HEADINGS[at] for at in (0, 5, 1, 6, 2, 3, 4, 7, 8, 9, 10)]
-OLD_PAGES = ("05b",)                                   # those that still have this order
 LOCAL = ("gpu=false", "device=cpu", "threads=1")       # alike on every machine
 NOISY = {"03": ["steps=2"], "04": ["steps=1"],         # at each of many levels; below: with noise on the way, too
          "06": ["steps=10", "eta=1.0"], "20": ["steps=3", "churn=3.0"], "21": ["model=1-rf", "steps=3", "noise=1.0"]}
@@ -259,8 +257,8 @@ def test_an_image_has_its_own_noise(folder, entry, tmp_path):
 def test_headings(folder, entry):
     page = re.sub(r"^(```|~~~).*?^\1", "", text(folder, "README.md"), flags=re.S | re.M)
     found, parent = re.findall(r"^## +(.+?) *$", page, flags=re.M), (entry["parents"] or [None])[0]
-    order = FIRST_ORDER if entry["number"] in OLD_PAGES else HEADINGS
-    order = [f"{name} {parent}" if "new since" in name else name for name in order if parent or "new since" not in name]
+    order = [f"{name} {parent}" if "new since" in name else name
+             for name in HEADINGS if parent or "new since" not in name]
     assert len(found) == len(order) and all(re.match(rf"{re.escape(name)}(?!\w)", title)
                                             for title, name in zip(found, order)), found
     assert len(re.findall(r"^# ", page, flags=re.M)) == 1
