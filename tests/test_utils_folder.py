@@ -308,7 +308,8 @@ def test_sampling_in_another_process_knows_the_shape(trained, launch):
     assert "(trained on my images/: 0 dots, 1 lines)" in script.out and "4 images, 5 network calls each" in script.out
     assert np.load(trained.folder / "x.npz")["arr_0"].shape == (4, 20, 20, 3)
     with Image.open(trained.folder / "neighbours.png") as picture:         # samples above the nearest of the folder
-        assert picture.size == (2 * (4 * 21 + 1), 2 * (2 * 21 + 1))
+        labels = picture.width - 2 * (4 * 21 + 1)      # beside the rows
+        assert 0 < labels < 100 and picture.height == 2 * (2 * 21 + 1)
 
 
 def test_what_only_mnist_has_is_refused_before_sampling(trained, monkeypatch, capsys):
