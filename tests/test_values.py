@@ -23,11 +23,11 @@ class FirstStep(BaseException):
 
 
 def given(number, sections):
-    """Some values for each key: three for one of a training, of a sampling four. In every lesson other ones."""
+    """Two values for each key, in every lesson other ones."""
     values = itertools.islice(itertools.cycle(VALUES), int(number[:2]), None)
     for section, keys in sections.items():
         for key in keys:
-            for value in itertools.islice(values, 0 if key in ELSEWHERE else 4 if section == "sample" else 3):
+            for value in itertools.islice(values, 0 if key in ELSEWHERE else 2):
                 if value != "1e12" or isinstance(keys[key], float):    # memory is another matter
                     yield f"{section}.{key}={value}", key
 
@@ -58,7 +58,7 @@ def test_a_training_takes_any_value_or_refuses_it_in_one_line(number, tmp_path, 
     train = load(READY[number], "train")
     taken = [outcome(train.main, ["smoke=true", "gpu=false", "device=cpu", "threads=1", f"runs={tmp_path}", one],
                      monkeypatch) for one, _ in given(number, sections)]
-    assert sum(taken) > 3 and taken.count(False) > 10
+    assert sum(taken) > 2 and taken.count(False) > 5
 
 
 @pytest.mark.parametrize("number", READY)
@@ -69,4 +69,4 @@ def test_a_sampling_takes_any_value_or_refuses_it_in_one_line(number, tmp_path, 
     taken = [outcome(sample.main, ["n=2", "weights=published", "gpu=false", "device=cpu", "threads=1",
                                    f"runs={tmp_path}", *(few if key != "steps" else []), one], monkeypatch)
              for one, key in given(number, {"sample": keys})]
-    assert taken.count(False) > 3
+    assert False in taken
