@@ -60,10 +60,8 @@ def test_arms_are_what_they_are_called():
 def test_the_published_rows_give_the_published_verdicts(tmp_path):
     claim = saved(ROOT / "lesson_05/sublesson_a/results/claim.json")
     holds = {letter: one["holds"] for letter, one in claim.claims.items()}
-    assert holds == {"a": True, "b": True, "c": True, "d": False}
+    assert holds == {"a": True, "b": False, "c": False, "d": False}
+    assert judged(claim.rows) == (holds["a"], holds["c"], holds["d"])
+    assert claim.rows.below("few, p = 0.3", "few, p = 0.0", "copies") == holds["b"]
     assert claim.rows.mean("copies", arm="few, p = 0.3") < claim.rows.mean("copies", arm="few, p = 0.0")
-    for what, key, order in (("few", "gap", DROPOUTS), ("all", "test", DROPOUTS[::-1])):   # the old rule: every seed
-        values = [claim.rows.values(key, arm=f"{what}, p = {p}") for p in order]
-        assert all(a > b for one, other in zip(values, values[1:]) for a, b in zip(one, other))
-    assert not reproduce.forgotten(claim.rows, 0.0, 0.3)
     assert reproduce.plot(claim, tmp_path / "claim.png").stat().st_size > 5_000
