@@ -8,6 +8,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 
@@ -76,3 +77,159 @@ class MLP(nn.Module):
         for layer, time in zip(self.layers, self.times):
             h = h + layer(at_time(h, time(emb)))
         return self.out(at_time(h, self.times[-1](emb))).reshape(x.shape)
+
+
+# lesson_05/model.py
+def initialised(layer, zero=False):
+    """The start of a layer of App. B in the official code: uniform, variance 2 / (fan in + fan out), or 0; biases 0."""
+    nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+# lesson_05/model.py
+def linear(c_in, c_out, zero=False):
+    """A linear layer (App. B), started as the official code starts it."""
+    return initialised(nn.Linear(c_in, c_out), zero)
+
+
+# lesson_05/model.py
+def conv(c_in, c_out, kernel=3, zero=False):
+    """A convolution (App. B) that keeps the resolution, started as the official code starts it."""
+    return initialised(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2), zero)
+
+
+# lesson_05/model.py
+class Downsample(nn.Module):
+    """Half the resolution (App. B). Padding on the right and bottom only, as TensorFlow's SAME does."""
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = initialised(nn.Conv2d(channels, channels, kernel_size=3, stride=2))
+
+    def forward(self, x):                               # -> (B, C, H / 2, W / 2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+# lesson_05/model.py
+class Upsample(nn.Module):
+    """Twice the resolution (App. B): nearest neighbour, then a convolution."""
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = conv(channels, channels)
+
+    def forward(self, x):                               # -> (B, C, 2 H, 2 W)
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+# lesson_05/model.py
+class Attention(nn.Module):
+    """Self-attention over the positions (App. B), one head as wide as the block. The last projection starts at 0."""
+    def __init__(self, channels, groups=32):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.qkv, self.out = linear(channels, 3 * channels), linear(channels, channels, zero=True)
+
+    def forward(self, x):                               # -> (B, C, H, W)
+        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        q, k, v = self.qkv(h).chunk(3, dim=2)          # (B, H W, C) each; q / 8: q k^T may be too large for fp16
+        weights = torch.softmax(q / 8 @ k.transpose(1, 2) / (math.sqrt(x.shape[1]) / 8), dim=2)      # (B, H W, H W)
+        return x + rearrange(self.out(weights @ v), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+# lesson_05/model.py
+class ResBlock(nn.Module):
+    """GroupNorm, swish, convolution, twice; the time enters between the two (App. B). conv2 starts at 0."""
+    def __init__(self, c_in, c_out, width, dropout=0.0, groups=32):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), conv(c_in, c_out)
+        self.time = linear(width, c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), conv(c_out, c_out, zero=True)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = conv(c_in, c_out, kernel=1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):                          # (B, c_in, H, W), (B, width) -> (B, c_out, H, W)
+        h = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(emb))[:, :, None, None]
+        return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+
+
+# lesson_05/model.py
+class Level(nn.Sequential):
+    """Layers one after the other at one resolution (App. B); a residual block is also told the time."""
+    def forward(self, h, emb):                          # (B, C, H, W), (B, width) -> (B, C', H, W)
+        for layer in self:
+            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+        return h
+
+
+# lesson_05/model.py
+class UNet(nn.Module):
+    """U-Net over an image and a time (App. B). Lessons that change a part override `embed`, `block`, `level`, `bottom`.
+
+    channels, mults  width of the first level; of every level as a multiple, each at half the resolution
+    blocks           residual blocks a level on the way down; one more on the way up
+    attention        resolutions that get self-attention after every block
+    patch            the image enters as patch x patch pixels a position (1: as in the paper)
+    image_channels   of the images that enter; c_out: of those that leave, by default as many
+    """
+    def __init__(self, channels=128, mults=(1, 2, 2), blocks=2, attention=(14,), dropout=0.1, groups=32, patch=1,
+                 image_size=28, image_channels=1, c_out=None):
+        super().__init__()
+        if image_size % (patch * 2 ** (len(mults) - 1)):
+            raise ValueError(f"image_size={image_size} cannot be split into patches of {patch} and halved for {mults}")
+        if channels < 4 or channels % 2:
+            raise ValueError(f"channels={channels} must be even and at least 4: sines and cosines of the time")
+        self.channels, self.width, self.dropout, self.groups = channels, 4 * channels, dropout, groups
+        self.patch, size, c = patch, image_size // patch, channels
+        self.time = nn.Sequential(linear(c, self.width), nn.SiLU(), linear(self.width, self.width))
+        self.stem = conv(image_channels * patch ** 2, c)
+        self.down, skips = nn.ModuleList(), [c]
+        for i, mult in enumerate(mults):
+            for _ in range(blocks):
+                self.down.append(self.level(c, channels * mult, size in attention))
+                skips.append(c := channels * mult)
+            if i < len(mults) - 1:
+                self.down.append(Downsample(c))
+                skips.append(c)
+                size //= 2
+        self.middle, self.up = self.bottom(c), nn.ModuleList()
+        for i, mult in reversed(list(enumerate(mults))):
+            for _ in range(blocks + 1):
+                self.up.append(self.level(c + skips.pop(), channels * mult, size in attention))
+                c = channels * mult
+            if i > 0:
+                self.up.append(Upsample(c))
+                size *= 2
+        self.out = nn.Sequential(nn.GroupNorm(groups, c, eps=1e-6), nn.SiLU(),
+                                 conv(c, (c_out or image_channels) * patch ** 2, zero=True))
+
+    def embed(self, t):
+        """What every level is told: the time, as a vector (App. B). t (B,) -> (B, width)."""
+        return self.time(time_embedding(t, self.channels))
+
+    def block(self, c_in, c_out):
+        """A residual block (App. B) from c_in to c_out channels."""
+        return ResBlock(c_in, c_out, self.width, self.dropout, self.groups)
+
+    def level(self, c_in, c_out, attend):
+        """A residual block and, if `attend`, self-attention (App. B)."""
+        return Level(self.block(c_in, c_out), *([Attention(c_out, self.groups)] if attend else []))
+
+    def bottom(self, c):
+        """What stands between the way down and the way up (App. B)."""
+        return Level(self.block(c, c), Attention(c, self.groups), self.block(c, c))
+
+    def body(self, x, told):
+        """Down, along the bottom, up with the shortcuts (App. B); every level gets `told`, from `embed`, as it is."""
+        h = self.stem(rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch))
+        skips = [h]
+        for layer in self.down:
+            h = layer(h) if isinstance(layer, Downsample) else layer(h, told)
+            skips.append(h)
+        h = self.middle(h, told)
+        for layer in self.up:
+            h = layer(h) if isinstance(layer, Upsample) else layer(torch.cat([h, skips.pop()], dim=1), told)
+        return rearrange(self.out(h), "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
+
+    def forward(self, x, t):
+        """x (B, c_in, H, W), t (B,) -> the prediction, (B, c_out, H, W)."""
+        return self.body(x, self.embed(t))

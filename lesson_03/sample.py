@@ -9,7 +9,7 @@
 
 import torch
 
-from model import NCSN, ScoreNet, dequantise, from_unit
+from model import NCSN, dequantise, from_unit, network
 from utils import Run, batches, cli, report, save_gif, save_grid, save_npz, score
 
 
@@ -19,7 +19,7 @@ def main(argv=None):
     cfg = run.config.sample
     weights = run.weights()                             # the file carries its network's configuration
     ncsn = NCSN(**weights.config["ncsn"])
-    net = weights.load(ScoreNet(ncsn.levels, **weights.config["scorenet"]))
+    net = weights.load(network(ncsn, weights.config))
     ncsn, net = run.place(ncsn, net)
     calls, shape = ncsn.levels * cfg.steps, weights.data.shape
 

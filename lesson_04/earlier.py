@@ -36,10 +36,7 @@ def noise_like(x, generator=None):
 
 # lesson_03/model.py
 def langevin_step(x, score, alpha, z):
-    """One step of Langevin dynamics, Eq. (4) and Alg. 1, line 6: x + alpha / 2 score + sqrt(alpha) z. (B, ...).
-
-    The official code for images takes x + alpha score + sqrt(2 alpha) z: the same step with alpha twice as large.
-    """
+    """One step of Langevin dynamics, Eq. (4) and Alg. 1, line 6: x + alpha / 2 score + sqrt(alpha) z. (B, ...)."""
     return x + alpha / 2 * score + math.sqrt(alpha) * z
 
 
@@ -47,17 +44,13 @@ def langevin_step(x, score, alpha, z):
 class NCSN(nn.Module):
     """The noise levels, denoising score matching, annealed Langevin dynamics (Sec. 4). Holds no weights.
 
-    sigma_1, sigma_L  the largest and the smallest standard deviation of the noise
-    levels            L, a geometric sequence from the one to the other
+    sigma_1, sigma_L: the largest and the smallest deviation of the noise; levels: L, a geometric sequence of them.
     """
-
     def __init__(self, sigma_1=1.0, sigma_L=0.01, levels=10):
         super().__init__()
-        if levels < 1 or not 0 < sigma_L <= sigma_1:
-            raise ValueError(f"levels={levels} must be at least 1, and sigma_L={sigma_L} above 0 and not above "
-                             f"sigma_1={sigma_1}")
-        if levels == 1 and sigma_1 != sigma_L:
-            raise ValueError(f"a single level has a single sigma: sigma_1={sigma_1} must equal sigma_L={sigma_L}")
+        if levels < 1 or not 0 < sigma_L <= sigma_1 or levels == 1 and sigma_1 != sigma_L:
+            raise ValueError(f"levels={levels} must be at least 1, and sigma_L={sigma_L} above 0 and not above sigma_1="
+                             f"{sigma_1}; for a single level the two must be equal")
         self.levels = levels
         sigmas = torch.linspace(math.log(sigma_1), math.log(sigma_L), levels, dtype=torch.float64).exp()
         self.register_buffer("sigmas", sigmas, persistent=False)            # (L,), each ratio the same
@@ -92,13 +85,12 @@ class NCSN(nn.Module):
 
     # ------------------------------------------------------------------ sampling: Section 4.3
     def start(self, n, shape, generator=None):
-        """Where a chain begins, Alg. 1, line 1: noise of the largest level. (n, *shape).
-
-        Differs from the paper, which starts from uniform noise in [0, 1]: its mean of 0.5 is far from that of digits,
-        0.13. In the mean of 784 pixels noise of sigma_1 = 1 is noise of 1 / 28 only and hides no such difference; a
-        network of a few hundred steps drives such starts to white. (The published one does not: see README.)
-        """
-        return self.sigmas[0].item() * noise_like(torch.empty(n, *shape, device=self.sigmas.device), generator)
+        """Where a chain begins, Alg. 1, line 1: uniform noise in [0, 1]. (n, *shape). generator as in `noise_like`."""
+        if isinstance(generator, list):
+            x = torch.stack([torch.rand(shape, generator=one) for one in generator])
+        else:
+            x = torch.rand(n, *shape, generator=generator)
+        return x.to(self.sigmas.device)
 
     def step_size(self, i, epsilon):
         """alpha_i = epsilon sigma_i^2 / sigma_L^2, Alg. 1, line 3. A number."""
@@ -108,9 +100,8 @@ class NCSN(nn.Module):
     def anneal(self, net, x, steps=100, epsilon=2e-5, generator=None, known=None, mask=None):
         """Algorithm 1 from the start x. Yields (i, x, estimate of x_0) after every step; the last x is the sample.
 
-        steps        T, Langevin steps at each of the L noise levels: L T network calls in all
-        epsilon      step size at the smallest noise level
-        known, mask  inpainting (Sec. 5): where the mask is true, x is `known`, noised to the level (once a level)
+        steps: T, Langevin steps at each of the L levels, L T network calls in all. epsilon: step size at the last level
+        known, mask: inpainting (Sec. 5): where the mask is true, x is `known`, noised to the level (once a level)
         """
         if steps < 1:
             raise ValueError(f"steps={steps} must be at least 1")
@@ -162,7 +153,6 @@ class InstanceNormPlus(nn.Module):
     gamma (h + alpha m) + beta: h is the map less its mean, over its deviation; m is that mean, less the mean of all
     channels' means and over their deviation. Without m, normalising would lose how bright a map was.
     """
-
     def __init__(self, levels, channels):
         super().__init__()
         self.embed = nn.Embedding(levels, 3 * channels)
@@ -185,12 +175,7 @@ def conv(c_in, c_out, dilation=1):
 
 # lesson_03/model.py
 class ResBlock(nn.Module):
-    """Normalisation, ELU, convolution, twice, beside a shortcut (App. A).
-
-    norm  gives the normalisation of a map with so many channels
-    down  half the resolution, by averaging 2 x 2
-    """
-
+    """Normalisation, ELU, convolution, twice, beside a shortcut (App. A). down: means of 2 x 2 halve the resolution."""
     def __init__(self, norm, c_in, c_out, dilation=1, down=False):
         super().__init__()
         self.norm1, self.conv1 = norm(c_in), conv(c_in, c_in, dilation)
@@ -208,7 +193,6 @@ class ResBlock(nn.Module):
 # lesson_03/model.py
 class Refine(nn.Module):
     """Fuse a stage's map with the refined map of the stage below it, maybe coarser; then a residual block (App. A)."""
-
     def __init__(self, norm, c_fine, c_coarse):
         super().__init__()
         self.norm_fine, self.fine = norm(c_fine), conv(c_fine, c_fine)
@@ -227,14 +211,10 @@ class Refine(nn.Module):
 class ScoreNet(nn.Module):
     """A small dilated U-Net with the paper's normalisation: down, then each map refined by the one below (App. A).
 
-    levels     rows of gamma, alpha, beta in every normalisation
-    channels   width of each stage
-    dilations  of each stage's convolutions; a stage with dilation 1, but for the first, halves the resolution
-    blocks     residual blocks a stage
-    patch      the image enters as patch x patch pixels a position (1: as in the paper)
-    image_size, image_channels   of the images
+    levels: rows of gamma, alpha, beta in every normalisation. channels, blocks: width and residual blocks of each stage
+    dilations: of its convolutions; a stage with dilation 1, but for the first, halves the resolution
+    patch: the image, image_size high, with image_channels, enters as patch x patch pixels a position (the paper: 1)
     """
-
     def __init__(self, levels=10, channels=(64, 128, 128, 128), dilations=(1, 1, 2, 4), blocks=2, patch=1,
                  image_size=28, image_channels=1):
         super().__init__()

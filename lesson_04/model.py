@@ -153,8 +153,7 @@ class NCSNv2(NCSN):
     def sample(self, net, n, steps=3, shape=(1, 28, 28), denoise=True, generator=None):
         """n images drawn with Algorithm 1, (n, C, H, W) in about [0, 1]: L T network calls, and one to denoise.
 
-        The start is lesson 03's, noise of the largest level. Differs from the paper, which starts from uniform noise
-        in [0, 1]: with sigma_1 from the data either is forgotten.
+        The start is lesson 03's, uniform noise in [0, 1], as in the paper; with sigma_1 from the data it is forgotten.
         """
         for _, x, _ in self.anneal(net, self.start(n, shape, generator), steps, generator):
             pass

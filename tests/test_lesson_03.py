@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conftest import load
+from utils import UserError, Weights
 from utils.config import parse
 
 model = load("lesson_03", "model")
@@ -174,12 +175,20 @@ def test_network_calls_and_labels():
     assert x.min() < -0.5 and x.max() > 1.5                                     # the chain is not clipped to [0, 1]
 
 
-def test_start_is_the_largest_noise_and_the_seed_decides():
+def test_start_is_uniform_and_the_seed_decides():
+    # Alg. 1, line 1, whatever sigma_1 is: mean 1/2 and deviation 1 / sqrt(12), every tenth of [0, 1] as full.
     ncsn, net = NCSN(sigma_1=3), lambda x, i: -x
-    start = ncsn.start(50, (1, 28, 28), seeded())
-    assert start.mean().item() == pytest.approx(0, abs=0.1) and start.std().item() == pytest.approx(3, rel=0.02)
+    for generator in (None, seeded(), [seeded(k) for k in range(50)]):
+        start = ncsn.start(50, (1, 28, 28), generator)
+        assert start.shape == (50, 1, 28, 28) and 0 <= start.min() and start.max() <= 1
+        assert torch.allclose(torch.histc(start, 10, 0, 1) / start.numel(), torch.full((10,), 0.1), atol=0.006)
     a, b, c = (ncsn.sample(net, 2, 2, generator=seeded(seed)) for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_an_image_starts_alike_whatever_the_others_are():
+    few, more = (NCSN().start(n, (1, 4, 4), [seeded(k) for k in range(n)]) for n in (2, 5))
+    assert torch.equal(few, more[:2]) and not torch.equal(more[0], more[1])
 
 
 def test_annealing_finds_the_weights_and_plain_langevin_does_not():
@@ -327,11 +336,66 @@ def test_one_batch_can_be_overfitted():
     assert sum(losses[-10:]) / 10 < 0.3 < 0.4 < losses[0]
 
 
+# ------------------------------------------------------------------ the score from lesson 05's network
+UNET = dict(channels=8, mults=(1, 2), blocks=1, attention=(), dropout=0.0, groups=4, patch=2)
+
+
+def test_score_is_the_predicted_noise_over_sigma():
+    # eps of lesson 05's network for 2x - 1, over its expected size where pixels are 1 or -1, at the time 1000 i / L.
+    ncsn = NCSN(sigma_1=2, sigma_L=0.02, levels=5)
+    net, plain = randomised(model.UNet(ncsn.sigmas, **UNET)).eval(), model.earlier.UNet(**UNET).eval()
+    plain.load_state_dict(net.state_dict())                                     # sigmas are not among the weights
+    x, i = torch.rand(5, 1, 28, 28, generator=seeded()), torch.arange(5)
+    for level, sigma in enumerate(2 * 0.1 ** (k / 2) for k in range(5)):
+        eps = plain((2 * x[level:level + 1] - 1) / math.sqrt(1 + 4 * sigma ** 2), labels(200 * level))
+        assert torch.allclose(net(x, i)[level] * sigma, -eps[0], rtol=1e-4, atol=1e-5 * eps.abs().max().item())
+    seen = []
+    net.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    black_and_white = (torch.rand(500, 1, 28, 28, generator=seeded()) > 0.5).float()
+    for level in range(5):                                                      # the input's size is 1 at all levels
+        i = torch.full((500,), level)
+        net(ncsn.q_sample(black_and_white, i, torch.randn(500, 1, 28, 28, generator=seeded(1))), i)
+        assert seen[-1].square().mean().item() == pytest.approx(1, rel=0.01)
+
+
+def test_the_network_is_told_the_level():
+    net, x = randomised(model.UNet(NCSN().sigmas, **UNET)).eval(), torch.rand(1, 1, 28, 28, generator=seeded())
+    net.sigmas.fill_(1)                                                         # so that only the time differs
+    scores = [net(x, labels(level)) for level in range(10)]
+    assert min((a - b).abs().max() for k, a in enumerate(scores) for b in scores[:k]) > 1e-3 * scores[0].abs().max()
+
+
+def test_an_untrained_score_is_0():
+    assert torch.equal(model.UNet(NCSN().sigmas, **UNET)(torch.rand(2, 1, 28, 28), labels(0, 9)).abs(),
+                       torch.zeros(2, 1, 28, 28))
+
+
+def test_the_section_says_which_network_it_is():
+    ncsn = NCSN(levels=3)
+    for net in (model.network(ncsn, {"ncsn": {}, "unet": UNET}),
+                model.network(ncsn, {"scorenet": {key: SMALL[key] for key in SMALL if key != "levels"}})):
+        assert net(torch.rand(2, 1, 28, 28), labels(0, 2)).shape == (2, 1, 28, 28)
+        assert isinstance(net, model.UNet) == hasattr(net, "time")
+        assert all(hasattr(net, name) for name in ("stem", "out"))              # which train.py leaves to Adam
+
+
+@pytest.mark.parametrize("name", ["unet", "scorenet"])
+def test_weights_of_either_network_load(name, tmp_path):
+    keys = ["smoke=true", "gpu=false", "device=cpu", "threads=1", f"runs={tmp_path}"]
+    trained = load("lesson_03", "train").main([*keys, f"network={name}", "steps=1", "preview_every=0"])
+    assert set(Weights(trained.weights, "lesson_03").config) == {"ncsn", name}  # of the network that was trained
+    assert load("lesson_03", "sample").main([*keys, "n=2"]).isfinite().all()
+    with pytest.raises(UserError, match="does not read"):                       # it would have no effect
+        load("lesson_03", "train").main([*keys, f"network={name}", {"unet": "scorenet", "scorenet": "unet"}[name]
+                                         + ".blocks=1"])
+
+
 def test_gpu_overlay_has_the_official_shape():
     config = parse((Path(__file__).parent.parent / "lesson_03" / "config.yaml").read_text())
     with torch.device("meta"):
         net = ScoreNet(10, **config["scorenet"] | config["gpu"]["scorenet"])
-        published = ScoreNet(10, **config["scorenet"])
+        published = model.UNet(NCSN().sigmas, **config["unet"])
+    assert config["train"]["network"] == "unet" and config["gpu"]["train"]["network"] == "scorenet"
     assert [len(stage) for stage in net.stages] == [2, 2, 2, 2] and net.stem.in_channels == 1
     assert [stage[0].conv1.dilation for stage in net.stages] == [(1, 1), (1, 1), (2, 2), (4, 4)]
     assert sum(p.numel() for p in published.parameters()) < 740_000            # fits 1.5 MB in fp16

@@ -509,7 +509,9 @@ def test_a_width_that_the_embeddings_cannot_hold_is_said_at_once(folder):
     model = load(folder, "model")
     for name, (key, wrong, others) in NARROW.items():
         if network := getattr(model, name, None):
-            others = others | dict.fromkeys(inspect.signature(network).parameters.keys() & {"vocabulary", "length"}, 9)
+            asked = inspect.signature(network).parameters.keys()
+            others = others | dict.fromkeys(asked & {"vocabulary", "length"}, 9)
+            others = others | dict.fromkeys(asked & {"sigmas"}, torch.ones(2))
             for width in wrong:
                 with pytest.raises(ValueError, match=f"{key}={width} must be "):
                     network(**others, **{key: width})
