@@ -17,9 +17,20 @@ from earlier import noise_like  # lesson 01
 from earlier import image  # lesson 05
 
 INTERIORS = ("learned", "linear", "cosine", "ddpm")
+GRIDS = ("even", "cosine")
 
 
 # ------------------------------------------------------------------ the noise schedule: Section 3.2, Appendix H
+def cosine_clock(t, low, high):
+    """gamma(t) between two ends, and its slope, if the angle of alpha = cos, sigma = sin runs evenly (Sec. 6.2).
+
+    t (B,) float64, ends () or (1,) -> two (B,).
+    """
+    first, last = torch.atan(torch.exp(low / 2)), torch.atan(torch.exp(high / 2))       # tan(angle) = sigma / alpha
+    angle = first + (last - first) * t
+    return 2 * torch.log(torch.tan(angle)), 4 * (last - first) / torch.sin(2 * angle)
+
+
 class Schedule(nn.Module):
     """gamma(t) = gamma_0 + (gamma_1 - gamma_0) u(t), u increasing from u(0) = 0 to u(1) = 1 (Sec. 3.2, App. I.2).
 
@@ -54,10 +65,8 @@ class Schedule(nn.Module):
         """The curves without weights that Sec. 6.2 compares with, and their slopes. t (B,) -> two (B,)."""
         if self.interior == "linear":
             return t, torch.ones_like(t)
-        if self.interior == "cosine":                                       # alpha = cos, sigma = sin of an even angle
-            first, last = torch.atan(torch.exp(low / 2)), torch.atan(torch.exp(high / 2))
-            angle = first + (last - first) * t
-            return 2 * torch.log(torch.tan(angle)), 4 * (last - first) / torch.sin(2 * angle)
+        if self.interior == "cosine":
+            return cosine_clock(t, low, high)
         spent = 1e-4 + 10 * t ** 2                                          # "ddpm": the integral of a linear beta
         return torch.log(torch.expm1(spent)), -20 * t / torch.expm1(-spent)
 
@@ -146,6 +155,10 @@ class VDM(nn.Module):
         u, _, low, high = net(t=t)
         return low + (high - low) * u
 
+    def ends(self, net):
+        """gamma_0 and gamma_1 (Sec. 3.2), (1,) each, on the device of the process."""
+        return self.gamma(net, torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.values.device)).split(1)
+
     # ------------------------------------------------------------------ encoder and decoder: Section 3.3
     def levels(self, x0):
         """The grey levels (Sec. 3.3) of images in the loader's [-1, 1]: (B, C, H, W) int64 in 0..255."""
@@ -218,6 +231,17 @@ class VDM(nn.Module):
         return (self.reconstruction(part, low, torch.randn_like(part)).mean(), self.prior(x, high).mean(),
                 self.diffusion(net, x, self.times(len(x), x.device), torch.randn_like(x)).mean())
 
+    def weighted(self, net, x0):
+        """The weighted diffusion loss of Sec. 5.2, averaged over the batch. x0 (B, C, H, W) -> ().
+
+        A plain squared error of eps at times that are even in the cosine clock: Eq. (17) with w = 2 / gamma'(t) of that
+        clock before it. As seen from gamma, w is proportional to alpha sigma, where the bound has 1.
+        """
+        x = self.encode(x0)
+        gamma, _ = cosine_clock(self.times(len(x), x.device), *self.ends(net))
+        eps = torch.randn_like(x)
+        return (eps - net(self.q_sample(x, gamma, eps), gamma)).square().mean()
+
     @torch.no_grad()
     def bound(self, net, x0, draws=16, generator=None):
         """Eq. (11) for images: reconstruction (B,), prior (B,), and `draws` values of the diffusion loss with their
@@ -233,9 +257,8 @@ class VDM(nn.Module):
                 torch.stack(terms, 1), torch.stack(times, 1))
 
     # ------------------------------------------------------------------ sampling: Section 3.3, Appendix A.4
-    def step(self, net, z, t, s, noise):
-        """z_s ~ p(z_s | z_t), Eq. (33), for floats s < t, with the given noise; and the x expected, Eq. (10)."""
-        gamma, gamma_s = self.gamma(net, torch.tensor([t, s], dtype=torch.float64, device=z.device)).split(1)
+    def step(self, net, z, gamma, gamma_s, noise):
+        """z_s ~ p(z_s | z_t), Eq. (33), from gamma(t) to gamma(s) below it, (1,) each; and the x expected, Eq. (10)."""
         eps = net(z, gamma.expand(len(z)))
         c = -torch.expm1(gamma_s - gamma)
         alpha, alpha_s = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(-gamma_s).sqrt()
@@ -243,22 +266,30 @@ class VDM(nn.Module):
         mean = image(alpha_s / alpha) * (z - image(sigma * c) * eps)
         return mean + image(sigma_s * c.sqrt()) * noise, (z - image(sigma) * eps) / image(alpha)
 
-    @torch.no_grad()
-    def reverse(self, net, z1, steps=100, generator=None):
-        """Ancestral sampling (Sec. 3.3) on evenly spaced times. Yields (t, z_s, x estimate) from t = 1 down to 0."""
-        if steps < 1:
-            raise ValueError(f"steps={steps} must be at least 1")
-        z = z1
-        for i in range(steps, 0, -1):
-            z, x = self.step(net, z, i / steps, (i - 1) / steps, noise_like(z, generator))
-            yield i / steps, z, x
+    def grid(self, net, steps, kind="even"):
+        """The steps + 1 values of gamma that a sampling passes, from gamma_1 down to gamma_0 (Sec. 4: any s < t).
+
+        kind: "even" in the t of the learned gamma, as in the paper, or in the "cosine" clock between its ends.
+        """
+        if steps < 1 or kind not in GRIDS:
+            raise ValueError(f"steps={steps} must be at least 1 and grid={kind!r} one of {', '.join(GRIDS)}")
+        t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=self.values.device)
+        return self.gamma(net, t) if kind == "even" else cosine_clock(t, *self.ends(net))[0]
 
     @torch.no_grad()
-    def sample(self, net, n, steps=100, shape=(1, 28, 28), generator=None):
+    def reverse(self, net, z1, steps=100, generator=None, grid="even"):
+        """Ancestral sampling (Sec. 3.3) along a grid. Yields (gamma(t), z_s, x estimate) from t = 1 down to 0."""
+        z, gamma = z1, self.grid(net, steps, grid).split(1)
+        for now, after in zip(gamma, gamma[1:]):
+            z, x = self.step(net, z, now, after, noise_like(z, generator))
+            yield now, z, x
+
+    @torch.no_grad()
+    def sample(self, net, n, steps=100, shape=(1, 28, 28), generator=None, grid="even"):
         """n images (Sec. 3.3), (n, C, H, W), in the loader's [-1, 1]: the most likely grey level of every z_0."""
         z1 = noise_like(torch.empty(n, *shape, device=self.values.device), generator)
-        for _, z, _ in self.reverse(net, z1, steps, generator):
+        for _, z, _ in self.reverse(net, z1, steps, generator, grid):
             pass
-        gamma_0 = self.gamma(net, torch.zeros(1, dtype=torch.float64, device=z.device))
+        gamma_0, _ = self.ends(net)
         scaled = z / image(torch.sigmoid(-gamma_0).sqrt())
         return torch.stack([self.decode(one, gamma_0).argmax(-1) for one in scaled]) / 127.5 - 1

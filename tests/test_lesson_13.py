@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import load
 from utils import digits, to_uint8
@@ -230,7 +231,7 @@ def test_discrete_loss_is_the_kl_of_its_steps():
         loss = vdm.diffusion(net, x, real(t - 0.2), eps).item()
         gamma_t, gamma_s = vdm.gamma(net, real(t, s)).tolist()
         z = vdm.q_sample(x, real(gamma_t), eps)
-        mean, expected = vdm.step(net, z, t, s, torch.zeros(1))
+        mean, expected = vdm.step(net, z, *vdm.gamma(net, real(t, s)).split(1), torch.zeros(1))
         c = -math.expm1(gamma_s - gamma_t)
         variance = c / (1 + math.exp(-gamma_s))
         sig = lambda g: 1 / (1 + math.exp(-g))
@@ -380,6 +381,52 @@ def test_ends_move_towards_a_lower_bound():
     sum(vdm.loss(fixed, x0)).backward()
 
 
+# ------------------------------------------------------------------ the weighted loss
+def test_weighted_loss_is_the_bound_with_another_weight():
+    # Image by image |eps - eps_hat|^2 is w times Eq. (17): w = 2 / gamma'(t) of the clock, alpha sigma / its angles.
+    net, vdm = Toy(bent(gamma_0=-3.0, gamma_1=2.0)).double(), vdm_float64(VDM())
+    vdm.encode, vdm.times, x = lambda x0: x0, lambda n, device: t, draw_gaussian(4).double()
+    t, clock = real(0.1, 0.35, 0.6, 0.85), Schedule(-3.0, 2.0, False, "cosine").double()
+    u, slope, low, high = clock(t)
+    torch.manual_seed(3)
+    eps = torch.randn_like(x)
+    weight = 2 * math.log(2) / ((high - low) * slope)
+    gamma = low + (high - low) * u
+    alpha_sigma = (torch.sigmoid(gamma) * torch.sigmoid(-gamma)).sqrt()
+    angles = torch.atan(torch.exp(torch.stack([low, high]) / 2))
+    assert torch.allclose(weight / math.log(2), alpha_sigma / (angles[1] - angles[0]))
+    expected = (weight.detach() * vdm.diffusion(lambda z=None, gamma=None, t=None: clock(t) if z is None
+                                                else net(z, gamma), x, t, eps)).mean()
+    torch.manual_seed(3)
+    got = vdm.weighted(net, x)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert torch.allclose(*(torch.autograd.grad(loss, net.w)[0] for loss in (got, expected)), rtol=1e-8)
+
+
+def test_weighted_loss_is_the_mean_error_along_the_angle():
+    # The least error of eps at gamma is v / (v + exp(gamma)); the mean of it over even angles, whatever the interior.
+    vdm, x = VDM(), draw_gaussian(4000)
+    vdm.encode = lambda x0: x0
+    first, last = torch.atan(torch.exp(real(*ENDS) / 2))
+    angle = first + (last - first) * (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    exact = (0.25 / (0.25 + torch.tan(angle) ** 2)).mean().item()
+    for schedule in (bent(), Schedule(interior="linear")):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            assert vdm.weighted(Gaussian(schedule), x).item() == pytest.approx(exact, rel=0.01)
+
+
+def test_second_training_moves_the_network_and_not_the_schedule(tmp_path):
+    keys = ["smoke=true", "gpu=false", "device=cpu", "threads=1", f"runs={tmp_path}"]
+    train, moved = load("lesson_13", "train"), {}
+    for stages in ("[1,1]", "[1,0]"):
+        path = train.main([*keys, f"stages={stages}"]).weights
+        bound, last = (load_file(path.with_name(name)) for name in ("bound.safetensors", path.name))
+        moved[stages] = [name for name in bound if not torch.equal(bound[name], last[name])]
+    assert moved["[1,1]"] and not any(name.startswith("schedule") for name in moved["[1,1]"])
+    assert moved["[1,0]"] == []
+
+
 # ------------------------------------------------------------------ network
 def test_network_starts_as_the_identity_and_sees_fourier_features():
     net, z = UNet(**SMALL), torch.randn(2, 1, 28, 28)
@@ -419,14 +466,15 @@ def test_small_batch_can_be_overfitted():
 
 
 # ------------------------------------------------------------------ sampling
-def test_sampling_gives_back_the_data_and_whole_grey_levels():
+@pytest.mark.parametrize("grid", model.GRIDS)
+def test_sampling_gives_back_the_data_and_whole_grey_levels(grid):
     torch.manual_seed(0)
     net = Gaussian(Schedule(interior="linear"), 0.1, 0.3)
-    x = VDM().sample(net, 30, 200, shape=(1, 8, 8), generator=torch.Generator().manual_seed(0))
+    x = VDM().sample(net, 30, 200, shape=(1, 8, 8), generator=torch.Generator().manual_seed(0), grid=grid)
     assert x.mean().item() == pytest.approx(0.1, abs=0.03) and x.std().item() == pytest.approx(0.3, rel=0.05)
     k = (x + 1) * 127.5
     assert torch.allclose(k, k.round(), atol=1e-3)
-    again = VDM().sample(net, 30, 200, shape=(1, 8, 8), generator=torch.Generator().manual_seed(0))
+    again = VDM().sample(net, 30, 200, shape=(1, 8, 8), generator=torch.Generator().manual_seed(0), grid=grid)
     assert torch.equal(x, again)
 
 
@@ -435,17 +483,42 @@ def test_step_keeps_the_marginal():
     torch.manual_seed(0)
     vdm, net, x = VDM(), Gaussian(Schedule(interior="linear"), 0.0, 0.5), draw_gaussian(400, 0.0)
     t, s = 0.7, 0.69
-    gamma_t, gamma_s = vdm.gamma(net, real(t, s))
-    z, _ = vdm.step(net, vdm.q_sample(x, gamma_t.expand(400), torch.randn_like(x)), t, s, torch.randn_like(x))
+    gamma_t, gamma_s = vdm.gamma(net, real(t, s)).split(1)
+    z, _ = vdm.step(net, vdm.q_sample(x, gamma_t.expand(400), torch.randn_like(x)), gamma_t, gamma_s,
+                    torch.randn_like(x))
     assert z.var().item() == pytest.approx((torch.sigmoid(-gamma_s) * 0.25 + torch.sigmoid(gamma_s)).item(), rel=0.03)
 
 
 def test_step_does_not_depend_on_the_course_of_gamma():
     # Sampling knows gamma at t and s only: two schedules with the same values there make the same step.
     z, noise = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
-    schedules = [Schedule(interior="linear"), Schedule(interior="linear", gamma_0=-4.15, gamma_1=5.0)]
-    steps = [VDM().step(Gaussian(one), z, t, s, noise)[0] for one, t, s in zip(schedules, (1.0, 1.0), (0.75, 0.5))]
+    nets = [Gaussian(Schedule(interior="linear")), Gaussian(Schedule(interior="linear", gamma_0=-4.15, gamma_1=5.0))]
+    times = real(1.0, 0.75), real(1.0, 0.5)
+    steps = [VDM().step(net, z, *VDM().gamma(net, t).split(1), noise)[0] for net, t in zip(nets, times)]
     assert torch.allclose(*steps, atol=1e-6)
+
+
+def test_grids_run_between_the_ends_evenly_in_t_or_in_the_angle():
+    vdm, nets = VDM(), [Gaussian(bent()), Gaussian(Schedule(interior="linear"))]
+    even, cosine = ([vdm.grid(net, 10, kind) for net in nets] for kind in ("even", "cosine"))
+    for gamma in (*even, *cosine):
+        assert gamma.shape == (11,) and gamma.dtype == torch.float64 and (gamma.diff() < 0).all()
+        assert gamma[[0, -1]].tolist() == pytest.approx(ENDS[::-1], abs=1e-5)
+    assert torch.allclose(even[0], vdm.gamma(nets[0], torch.linspace(1, 0, 11, dtype=torch.float64)))
+    assert torch.allclose(even[1].diff(), even[1].diff().mean()) and not torch.allclose(*even, atol=0.5)
+    angle = torch.acos(torch.sigmoid(-cosine[0]).sqrt()).diff()
+    assert torch.allclose(angle, angle.mean(), rtol=1e-6)
+    assert torch.allclose(*cosine, atol=1e-5)                                # the course between the ends has no say
+
+
+def test_cosine_clock_is_the_inverse_of_the_angle():
+    t, (low, high) = torch.linspace(0, 1, 21, dtype=torch.float64, requires_grad=True), real(*ENDS)
+    gamma, slope = model.cosine_clock(t, low, high)
+    angle = torch.atan(torch.exp(real(*ENDS) / 2))
+    assert torch.allclose((torch.atan(torch.exp(gamma / 2)) - angle[0]) / (angle[1] - angle[0]), t, atol=1e-12)
+    assert gamma[[0, -1]].tolist() == pytest.approx(ENDS)
+    derivative, = torch.autograd.grad(gamma.sum(), t)
+    assert torch.allclose(slope, derivative, rtol=1e-9)
 
 
 def linear_network(z, gamma):
@@ -467,7 +540,8 @@ def ours():
 
     for i in range(8):
         t, s = 990 - 100 * i, 890 - 100 * i
-        z, _ = vdm.step(Table(), z, t / 999, s / 999, torch.cos(7 * torch.linspace(-1, 1, 6) + i).reshape(1, 1, 2, 3))
+        now = vdm.gamma(Table(), real(t / 999, s / 999)).split(1)
+        z, _ = vdm.step(Table(), z, *now, torch.cos(7 * torch.linspace(-1, 1, 6) + i).reshape(1, 1, 2, 3))
         path.append(z.flatten())
     return torch.stack(path)
 
@@ -500,6 +574,7 @@ def test_steps_equal_diffusers():
 @pytest.mark.parametrize("call, what", [
     (lambda: VDM(-1), "T="), (lambda: VDM(2.5), "T="), (lambda: Schedule(interior="sqrt"), "interior"),
     (lambda: Schedule(gamma_0=5.0, gamma_1=-5.0), "gamma_0"), (lambda: VDM().sample(None, 1, 0), "steps"),
+    (lambda: VDM().sample(None, 1, 1, grid="odd"), "grid"),
     (lambda: UNet(**{**SMALL, "patch": 3}), "image_size"),
 ])
 def test_what_it_does_not_know_is_refused(call, what):

@@ -65,3 +65,17 @@ def test_an_embedding_stays_with_adam():
     model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8, bias=False))
     inner, rest = muon(model, lr=0.01, adam_lr=0.004).param_groups
     assert inner["params"] == [model[1].weight] and rest["params"] == [model[0].weight] and rest["use_fallback"]
+
+
+def test_a_part_of_its_own_has_a_rate_of_its_own():
+    model = net()
+    twin = copy.deepcopy(model)
+    optimizer = muon(model, lr=0.01, adam_lr=0.004, outer=(model[0],), apart={model[5]: 0.001})
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5                             # a ramp scales that rate, too
+    torch.manual_seed(1)
+    moved = step(model, optimizer)
+    torch.manual_seed(1)
+    adam = step(twin, torch.optim.Adam(twin[5].parameters(), lr=0.0005, betas=(0.9, 0.99), eps=1e-7))
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(moved[8:], adam[8:], strict=True))
+    assert sorted(len(group["params"]) for group in optimizer.param_groups) == [2, 2, 6]

@@ -7,22 +7,27 @@ import torch
 from torch import nn
 
 
-def muon(net, lr, adam_lr, beta2=0.99, outer=()):
+def muon(net, lr, adam_lr, beta2=0.99, outer=(), apart=None):
     """Muon (Jordan et al. 2024) for the matrices inside `net`, convolutions flattened; Adam for all other parameters.
 
     Muon makes every singular value of a matrix's averaged gradient about 1 before it takes a step, so that directions
     with small gradients move too. That is for matrices between hidden layers: biases, gains, embeddings and the layers
     of `outer` (those that read the input or write the output) stay with Adam. A step changes the entries of a matrix by
-    about 0.2 lr, whatever its shape. Both rates are those of a whole step: a ramp scales the two groups alike.
+    about 0.2 lr, whatever its shape. All rates are those of a whole step: a ramp of lr scales all groups alike.
 
-    lr: of Muon. adam_lr, beta2: of Adam. Weights do not decay.
+    lr: of Muon. adam_lr, beta2: of Adam. Weights do not decay. apart: {module of `net`: a rate of its own}, for Adam.
     """
+    apart = apart or {}
+    own = {id(p) for module in apart for p in module.parameters()}
     kept = {id(p) for layer in outer for p in layer.parameters()}
     kept |= {id(p) for layer in net.modules() if isinstance(layer, nn.Embedding) for p in layer.parameters()}
-    inner = [p for p in net.parameters() if p.ndim > 1 and id(p) not in kept]
-    rest = [p for p in net.parameters() if p.ndim < 2 or id(p) in kept]
-    return timm_muon()([{"params": inner}, {"params": rest, "use_fallback": True}], lr=lr,
-                       fallback_lr_scale=adam_lr / lr, betas=(0.9, beta2))
+    common = [p for p in net.parameters() if id(p) not in own]
+    inner = [p for p in common if p.ndim > 1 and id(p) not in kept]
+    rest = [p for p in common if p.ndim < 2 or id(p) in kept]
+    groups = [{"params": inner}, {"params": rest, "use_fallback": True}]
+    groups += [{"params": [*module.parameters()], "use_fallback": True, "fallback_lr_scale": rate / lr}
+               for module, rate in apart.items()]
+    return timm_muon()(groups, lr=lr, fallback_lr_scale=adam_lr / lr, betas=(0.9, beta2))
 
 
 @cache
