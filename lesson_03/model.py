@@ -233,7 +233,7 @@ class ScoreNet(nn.Module):
 
 # ------------------------------------------------------------------ the network of this lesson's minutes
 class UNet(earlier.UNet):
-    """The score, -eps / sigma_i at the least of Eq. (5), from a prediction eps of the noise in an image.
+    """The score as -z / sigma_i, where z is a prediction of the noise in an image: the least of Eq. (5).
 
     Differs from the paper, whose network is `ScoreNet`: what predicts the noise, told the level, is the U-Net of a
     later paper, explained in lesson 05, because it learns more in minutes. Its output is about as large at all levels,

@@ -351,11 +351,11 @@ def test_score_is_the_predicted_noise_over_sigma():
         assert torch.allclose(net(x, i)[level] * sigma, -eps[0], rtol=1e-4, atol=1e-5 * eps.abs().max().item())
     seen = []
     net.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    black_and_white = (torch.rand(500, 1, 28, 28, generator=seeded()) > 0.5).float()
+    black_and_white = (torch.rand(50, 1, 28, 28, generator=seeded()) > 0.5).float()
     for level in range(5):                                                      # the input's size is 1 at all levels
-        i = torch.full((500,), level)
-        net(ncsn.q_sample(black_and_white, i, torch.randn(500, 1, 28, 28, generator=seeded(1))), i)
-        assert seen[-1].square().mean().item() == pytest.approx(1, rel=0.01)
+        i = torch.full((50,), level)
+        net(ncsn.q_sample(black_and_white, i, torch.randn(50, 1, 28, 28, generator=seeded(1))), i)
+        assert seen[-1].square().mean().item() == pytest.approx(1, rel=0.03)
 
 
 def test_the_network_is_told_the_level():
