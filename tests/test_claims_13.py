@@ -19,10 +19,14 @@ def course(t):
 
 
 class Net(torch.nn.Module):
-    """A network that answers by a formula, with a schedule of its own."""
+    """A network that answers by a formula, with a schedule of its own; that of the pictures by another one."""
+
+    def __init__(self, model="bound"):
+        super().__init__()
+        self.slope = {"bound": 0.3, "pictures": 0.2}[model]
 
     def forward(self, z=None, gamma=None, t=None):
-        return course(t) if z is None else 0.3 * z + 0.01 * gamma.float()[:, None, None, None]
+        return course(t) if z is None else self.slope * z + 0.01 * gamma.float()[:, None, None, None]
 
 
 def run(**keys):
@@ -34,7 +38,7 @@ def run(**keys):
 def small(monkeypatch):
     """The published network is `Net`, the test images are four."""
     monkeypatch.setattr(reproduce, "published", lambda run, arm: None)
-    monkeypatch.setattr(reproduce, "load", lambda run, weights, **process: (VDM(**process), Net()))
+    monkeypatch.setattr(reproduce, "load", lambda run, weights, model, **process: (VDM(**process), Net(model)))
     monkeypatch.setattr(reproduce, "images", lambda run: digits("test").first(4)[0])
 
 
@@ -74,6 +78,19 @@ def test_bound_by_steps_is_that_of_each_number_of_steps(small, T):
     assert torch.allclose(row["each"], each, rtol=1e-6) and row["bits_per_dim"] == pytest.approx(float(each.mean()))
     assert row["standard_error"] == pytest.approx(float(each.std()) / 2)
     assert sum(row[key] for key in reproduce.TERMS) == pytest.approx(row["bits_per_dim"])
+
+
+@pytest.mark.parametrize("model, grid", [("bound", "even"), ("pictures", "cosine")])
+def test_bits_and_pictures_are_those_of_the_same_network(small, monkeypatch, model, grid):
+    monkeypatch.setattr(reproduce, "fid_to_test", lambda x: x)
+    row = reproduce.by_network(run(draws=3, n=2, sample_steps=4), model, grid)
+    assert row["fid"].shape == (2, 1, 28, 28)
+    own = reproduce.draw(VDM(), Net(model), 2, 4, reproduce.seeded(0, 2), grid=grid)
+    other = reproduce.draw(VDM(), Net(model), 2, 4, reproduce.seeded(0, 2), grid={"even": "cosine"}.get(grid, "even"))
+    assert torch.equal(row["fid"], own) and not torch.equal(own, other)
+    bits = reproduce.measure(VDM(), Net(model), digits("test").first(4)[0], 3, reproduce.seeded(0))["bits_per_dim"]
+    assert row["bits_per_dim"] == pytest.approx(float(bits.mean()))
+    assert row["standard_error"] == pytest.approx(float(bits.std()) / 2)
 
 
 # ------------------------------------------------------------------ the rules, on made-up rows
