@@ -34,6 +34,176 @@ def noise_like(x, generator=None):
     return torch.randn(x.shape, generator=generator).to(x.device)
 
 
+# lesson_01/model.py
+def time_embedding(t, dim):
+    """Sines, then cosines, of t at dim / 2 frequencies from 1 down to 1/10000 (DDPM, App. B). (B,) -> (B, dim)."""
+    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - 1))
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+# lesson_05/model.py
+def image(values):
+    """The scalars of Eq. (4), one for each image, to multiply images with: (B,) -> (B, 1, 1, 1) float32."""
+    return values.float()[:, None, None, None]
+
+
+# lesson_05/model.py
+def initialised(layer, zero=False):
+    """The start of a layer of App. B in the official code: uniform, variance 2 / (fan in + fan out), or 0; biases 0."""
+    nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+# lesson_05/model.py
+def linear(c_in, c_out, zero=False):
+    """A linear layer (App. B), started as the official code starts it."""
+    return initialised(nn.Linear(c_in, c_out), zero)
+
+
+# lesson_05/model.py
+def conv(c_in, c_out, kernel=3, zero=False):
+    """A convolution (App. B) that keeps the resolution, started as the official code starts it."""
+    return initialised(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2), zero)
+
+
+# lesson_05/model.py
+class Downsample(nn.Module):
+    """Half the resolution (App. B). Padding on the right and bottom only, as TensorFlow's SAME does."""
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = initialised(nn.Conv2d(channels, channels, kernel_size=3, stride=2))
+
+    def forward(self, x):                               # -> (B, C, H / 2, W / 2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+# lesson_05/model.py
+class Upsample(nn.Module):
+    """Twice the resolution (App. B): nearest neighbour, then a convolution."""
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = conv(channels, channels)
+
+    def forward(self, x):                               # -> (B, C, 2 H, 2 W)
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+# lesson_05/model.py
+class Attention(nn.Module):
+    """Self-attention over the positions (App. B), one head as wide as the block. The last projection starts at 0."""
+    def __init__(self, channels, groups=32):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.qkv, self.out = linear(channels, 3 * channels), linear(channels, channels, zero=True)
+
+    def forward(self, x):                               # -> (B, C, H, W)
+        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        q, k, v = self.qkv(h).chunk(3, dim=2)          # (B, H W, C) each; q / 8: q k^T may be too large for fp16
+        weights = torch.softmax(q / 8 @ k.transpose(1, 2) / (math.sqrt(x.shape[1]) / 8), dim=2)      # (B, H W, H W)
+        return x + rearrange(self.out(weights @ v), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+# lesson_05/model.py
+class ResBlock(nn.Module):
+    """GroupNorm, swish, convolution, twice; the time enters between the two (App. B). conv2 starts at 0."""
+    def __init__(self, c_in, c_out, width, dropout=0.0, groups=32):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), conv(c_in, c_out)
+        self.time = linear(width, c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), conv(c_out, c_out, zero=True)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = conv(c_in, c_out, kernel=1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):                          # (B, c_in, H, W), (B, width) -> (B, c_out, H, W)
+        h = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(emb))[:, :, None, None]
+        return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+
+
+# lesson_05/model.py
+class Level(nn.Sequential):
+    """Layers one after the other at one resolution (App. B); a residual block is also told the time."""
+    def forward(self, h, emb):                          # (B, C, H, W), (B, width) -> (B, C', H, W)
+        for layer in self:
+            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+        return h
+
+
+# lesson_05/model.py
+class UNet(nn.Module):
+    """U-Net over an image and a time (App. B). Lessons that change a part override `embed`, `block`, `level`, `bottom`.
+
+    channels, mults  width of the first level; of every level as a multiple, each at half the resolution
+    blocks           residual blocks a level on the way down; one more on the way up
+    attention        resolutions that get self-attention after every block
+    patch            the image enters as patch x patch pixels a position (1: as in the paper)
+    image_channels   of the images that enter; c_out: of those that leave, by default as many
+    """
+    def __init__(self, channels=128, mults=(1, 2, 2), blocks=2, attention=(14,), dropout=0.1, groups=32, patch=1,
+                 image_size=28, image_channels=1, c_out=None):
+        super().__init__()
+        if image_size % (patch * 2 ** (len(mults) - 1)):
+            raise ValueError(f"image_size={image_size} cannot be split into patches of {patch} and halved for {mults}")
+        if channels < 4 or channels % 2:
+            raise ValueError(f"channels={channels} must be even and at least 4: sines and cosines of the time")
+        self.channels, self.width, self.dropout, self.groups = channels, 4 * channels, dropout, groups
+        self.patch, size, c = patch, image_size // patch, channels
+        self.time = nn.Sequential(linear(c, self.width), nn.SiLU(), linear(self.width, self.width))
+        self.stem = conv(image_channels * patch ** 2, c)
+        self.down, skips = nn.ModuleList(), [c]
+        for i, mult in enumerate(mults):
+            for _ in range(blocks):
+                self.down.append(self.level(c, channels * mult, size in attention))
+                skips.append(c := channels * mult)
+            if i < len(mults) - 1:
+                self.down.append(Downsample(c))
+                skips.append(c)
+                size //= 2
+        self.middle, self.up = self.bottom(c), nn.ModuleList()
+        for i, mult in reversed(list(enumerate(mults))):
+            for _ in range(blocks + 1):
+                self.up.append(self.level(c + skips.pop(), channels * mult, size in attention))
+                c = channels * mult
+            if i > 0:
+                self.up.append(Upsample(c))
+                size *= 2
+        self.out = nn.Sequential(nn.GroupNorm(groups, c, eps=1e-6), nn.SiLU(),
+                                 conv(c, (c_out or image_channels) * patch ** 2, zero=True))
+
+    def embed(self, t):
+        """What every level is told: the time, as a vector (App. B). t (B,) -> (B, width)."""
+        return self.time(time_embedding(t, self.channels))
+
+    def block(self, c_in, c_out):
+        """A residual block (App. B) from c_in to c_out channels."""
+        return ResBlock(c_in, c_out, self.width, self.dropout, self.groups)
+
+    def level(self, c_in, c_out, attend):
+        """A residual block and, if `attend`, self-attention (App. B)."""
+        return Level(self.block(c_in, c_out), *([Attention(c_out, self.groups)] if attend else []))
+
+    def bottom(self, c):
+        """What stands between the way down and the way up (App. B)."""
+        return Level(self.block(c, c), Attention(c, self.groups), self.block(c, c))
+
+    def body(self, x, told):
+        """Down, along the bottom, up with the shortcuts (App. B); every level gets `told`, from `embed`, as it is."""
+        h = self.stem(rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch))
+        skips = [h]
+        for layer in self.down:
+            h = layer(h) if isinstance(layer, Downsample) else layer(h, told)
+            skips.append(h)
+        h = self.middle(h, told)
+        for layer in self.up:
+            h = layer(h) if isinstance(layer, Upsample) else layer(torch.cat([h, skips.pop()], dim=1), told)
+        return rearrange(self.out(h), "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
+
+    def forward(self, x, t):
+        """x (B, c_in, H, W), t (B,) -> the prediction, (B, c_out, H, W)."""
+        return self.body(x, self.embed(t))
+
+
 # lesson_03/model.py
 def langevin_step(x, score, alpha, z):
     """One step of Langevin dynamics, Eq. (4) and Alg. 1, line 6: x + alpha / 2 score + sqrt(alpha) z. (B, ...)."""
@@ -144,111 +314,3 @@ def dequantise(x0):
 def from_unit(x):
     """Images of this lesson, in [0, 1] (Sec. 5) -> [-1, 1], as the rest of the course has them."""
     return 2 * x - 1
-
-
-# lesson_03/model.py
-class InstanceNormPlus(nn.Module):
-    """Conditional instance normalisation++ (App. A): every noise level i has gamma, alpha, beta for each channel.
-
-    gamma (h + alpha m) + beta: h is the map less its mean, over its deviation; m is that mean, less the mean of all
-    channels' means and over their deviation. Without m, normalising would lose how bright a map was.
-    """
-    def __init__(self, levels, channels):
-        super().__init__()
-        self.embed = nn.Embedding(levels, 3 * channels)
-        nn.init.normal_(self.embed.weight[:, :2 * channels], 1, 0.02)       # gamma, alpha, as in the official code
-        nn.init.zeros_(self.embed.weight[:, 2 * channels:])                 # beta
-
-    def forward(self, x, i):
-        """x (B, C, H, W), i (B,) int -> (B, C, H, W). Statistics of each image alone, in training as in sampling."""
-        gamma, alpha, beta = self.embed(i)[:, :, None, None].chunk(3, dim=1)                       # (B, C, 1, 1) each
-        mean = x.mean(dim=(2, 3), keepdim=True)                                                    # (B, C, 1, 1)
-        m = (mean - mean.mean(1, keepdim=True)) / (mean.var(1, keepdim=True) + 1e-5).sqrt()
-        return torch.addcmul(gamma * alpha * m + beta, gamma, F.instance_norm(x))
-
-
-# lesson_03/model.py
-def conv(c_in, c_out, dilation=1):
-    """A 3 x 3 convolution that keeps the resolution (App. A); its taps stand `dilation` positions apart."""
-    return nn.Conv2d(c_in, c_out, 3, padding=dilation, dilation=dilation)
-
-
-# lesson_03/model.py
-class ResBlock(nn.Module):
-    """Normalisation, ELU, convolution, twice, beside a shortcut (App. A). down: means of 2 x 2 halve the resolution."""
-    def __init__(self, norm, c_in, c_out, dilation=1, down=False):
-        super().__init__()
-        self.norm1, self.conv1 = norm(c_in), conv(c_in, c_in, dilation)
-        self.norm2, self.conv2 = norm(c_in), conv(c_in, c_out, dilation)
-        self.pool = nn.AvgPool2d(2) if down else nn.Identity()
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x, i):
-        """x (B, c_in, H, W), i (B,) int -> (B, c_out, H, W), or half as high and wide."""
-        h = self.conv1(F.elu(self.norm1(x, i)))
-        h = self.conv2(self.pool(F.elu(self.norm2(h, i))))
-        return self.skip(self.pool(x)) + h
-
-
-# lesson_03/model.py
-class Refine(nn.Module):
-    """Fuse a stage's map with the refined map of the stage below it, maybe coarser; then a residual block (App. A)."""
-    def __init__(self, norm, c_fine, c_coarse):
-        super().__init__()
-        self.norm_fine, self.fine = norm(c_fine), conv(c_fine, c_fine)
-        self.norm_coarse, self.coarse = norm(c_coarse), conv(c_coarse, c_fine)
-        self.block = ResBlock(norm, c_fine, c_fine)
-
-    def forward(self, fine, coarse, i):
-        """fine (B, c_fine, H, W), coarse (B, c_coarse, H', W'), i (B,) int -> (B, c_fine, H, W)."""
-        h, up = self.fine(self.norm_fine(fine, i)), self.coarse(self.norm_coarse(coarse, i))
-        if up.shape != h.shape:
-            up = F.interpolate(up, h.shape[2:], mode="bilinear", align_corners=True)
-        return self.block(h + up, i)
-
-
-# lesson_03/model.py
-class ScoreNet(nn.Module):
-    """A small dilated U-Net with the paper's normalisation: down, then each map refined by the one below (App. A).
-
-    levels: rows of gamma, alpha, beta in every normalisation. channels, blocks: width and residual blocks of each stage
-    dilations: of its convolutions; a stage with dilation 1, but for the first, halves the resolution
-    patch: the image, image_size high, with image_channels, enters as patch x patch pixels a position (the paper: 1)
-    """
-    def __init__(self, levels=10, channels=(64, 128, 128, 128), dilations=(1, 1, 2, 4), blocks=2, patch=1,
-                 image_size=28, image_channels=1):
-        super().__init__()
-        if len(channels) != len(dilations):
-            raise ValueError(f"channels={channels} and dilations={dilations} must name the same stages")
-        if image_size % patch:
-            raise ValueError(f"image_size={image_size} cannot be split into patches of {patch}")
-        self.levels, self.patch, c = levels, patch, channels[0]
-        self.stem = conv(image_channels * patch ** 2, c)
-        self.stages, self.refine = nn.ModuleList(), nn.ModuleList()
-        for stage, (width, dilation) in enumerate(zip(channels, dilations)):
-            down = stage > 0 and dilation == 1
-            self.stages.append(nn.ModuleList([ResBlock(self.normalised, c, width, dilation, down)]))
-            self.stages[-1].extend(ResBlock(self.normalised, width, width, dilation) for _ in range(blocks - 1))
-            c = width
-        for width in reversed(channels[:-1]):
-            self.refine.append(Refine(self.normalised, width, c))
-            c = width
-        self.norm, self.out = self.normalised(c), conv(c, image_channels * patch ** 2)
-
-    def normalised(self, channels):
-        """The normalisation of a map with so many channels (App. A)."""
-        return InstanceNormPlus(self.levels, channels)
-
-    def forward(self, x, i):
-        """x (B, C, H, W) in about [0, 1], i (B,) int -> the score, (B, C, H, W)."""
-        x = rearrange(2 * x - 1, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)
-        h, maps = self.stem(x), []
-        for stage in self.stages:
-            for block in stage:
-                h = block(h, i)
-            maps.append(h)
-        h = maps.pop()
-        for refine in self.refine:
-            h = refine(maps.pop(), h, i)
-        h = self.out(F.elu(self.norm(h, i)))
-        return rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)

@@ -20,7 +20,7 @@ import torch
 import train
 from model import (
     NCSNv2,
-    ScoreNet,
+    UNet,
     from_unit,
     noise_levels,
     overlap,
@@ -119,7 +119,7 @@ def shares(rows, key):
 # ------------------------------------------------------------------ what is measured
 def load(run, weights):
     """Process and network of a weights file."""
-    return run.place(NCSNv2(**weights.config["ncsn"]), weights.load(ScoreNet(**weights.config["scorenet"])))
+    return run.place(NCSNv2(**weights.config["ncsn"]), weights.load(UNet(**weights.config["unet"])))
 
 
 def saved_at(run, arm, kind, step, seed):

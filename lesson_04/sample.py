@@ -9,7 +9,7 @@
 
 import torch
 
-from model import NCSNv2, ScoreNet, from_unit
+from model import NCSNv2, UNet, from_unit
 from utils import Run, batches, cli, report, save_gif, save_grid, save_npz, score
 
 
@@ -18,7 +18,7 @@ def main(argv=None):
     run = Run(__file__, argv)
     cfg = run.config.sample
     weights = run.weights()                             # the file carries its network's configuration
-    ncsn, net = run.place(NCSNv2(**weights.config["ncsn"]), weights.load(ScoreNet(**weights.config["scorenet"])))
+    ncsn, net = run.place(NCSNv2(**weights.config["ncsn"]), weights.load(UNet(**weights.config["unet"])))
 
     shape, start = weights.data.shape, run.clock()
     x = draw(ncsn, net, cfg.n, cfg.steps, run.generators(cfg.n), cfg.denoise, cfg.batch, shape)

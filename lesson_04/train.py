@@ -10,30 +10,29 @@
 
 import math
 
-import torch
-
-from model import NCSNv2, ScoreNet, dequantise, from_unit, max_distance, to_unit
-from utils import EMA, Run, Section, Weights, cli, ramp, save_grid, save_weights
+from model import NCSNv2, UNet, dequantise, from_unit, max_distance, to_unit
+from utils import EMA, Run, Section, Weights, cli, muon, ramp, save_grid, save_weights
 
 
 # Adapted from lesson_03/train.py: main -- sigma_1 from the data; an average of the weights; snapshots for the claim
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
-    data = run.images(run.config.scorenet)
+    data = run.images(run.config.unet)
     levels = settings(run.config.ncsn, data)
-    ncsn, net = NCSNv2(**levels), ScoreNet(**run.config.scorenet)
+    ncsn, net = NCSNv2(**levels), UNet(**run.config.unet)
     if cfg.start:
         Weights(run.lesson / cfg.start, run.name).load(net)
-    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    optimizer = muon(net, cfg.lr, cfg.adam_lr, cfg.beta2, outer=(net.stem, net.gain, net.out))     # see lesson 05
     ncsn, net, optimizer = run.prepare(ncsn, net, optimizer)
-    ema = EMA(net, cfg.ema_decay)                       # Technique 5
+    ema = EMA(net, share=cfg.ema_share)                       # Technique 5
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
     run.say(f"sigma_1 = {levels.sigma_1:.2f}, {ncsn.levels} levels, {ncsn.gamma:.4f} between neighbours")
 
     for step, (x0, _) in run.steps(data):               # (B, C, H, W) in [-1, 1]
-        optimizer.param_groups[0]["lr"] = cfg.lr * (ramp(step, cfg.warmup, cfg.steps) if cfg.decay else
-                                                    min((step + 1) / max(cfg.warmup, 1), 1))
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * (ramp(step, cfg.warmup, cfg.steps) if cfg.decay else
+                                    min((step + 1) / max(cfg.warmup, 1), 1))
         loss = ncsn.loss(net, dequantise(x0))           # 1 / 2 |sigma s + z|^2 at a random level for each image
         optimizer.zero_grad()
         run.backward(loss)
@@ -47,8 +46,8 @@ def main(argv=None):
         if run.every(cfg.snapshot_every):               # reproduce.py compares the two
             for name, weights in (("raw", getattr(net, "module", net)), ("ema", ema.module)):
                 save_weights(weights, run.folder / f"{name}_{step + 1:06d}.safetensors", run.name,
-                             ncsn=vars(levels), scorenet=vars(run.config.scorenet))
-    return run.finish(ema, ncsn=levels, scorenet=run.config.scorenet)             # weights, loss curve, numbers
+                             ncsn=vars(levels), unet=vars(run.config.unet))
+    return run.finish(ema, ncsn=levels, unet=run.config.unet)                       # weights, loss curve, numbers
 
 
 def settings(ncsn, data):

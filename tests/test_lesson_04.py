@@ -10,8 +10,8 @@ from utils import EMA, Section, digits
 
 model = load("lesson_04", "model")
 train = load("lesson_04", "train")
-NCSNv2, ScoreNet = model.NCSNv2, model.ScoreNet
-SMALL = dict(channels=(4, 6), dilations=(1, 1), blocks=1, patch=2)
+NCSNv2, UNet = model.NCSNv2, model.UNet
+SMALL = dict(channels=8, mults=(1, 2), blocks=1, attention=(), dropout=0.0, groups=4, patch=2)
 
 
 class Point(torch.nn.Module):
@@ -213,7 +213,7 @@ def test_loss_of_gaussian_data_has_a_closed_form():
 
 def test_network_is_told_no_level():
     # The same input gives the same output whatever the level; only the division differs.
-    net, process = ScoreNet(**SMALL), NCSNv2(17.0)
+    net, process = trained(), NCSNv2(17.0)
     x = torch.randn(2, 1, 28, 28)
     a, b = (process.score(net, x, torch.full((2,), i)) * float(process.sigmas[i]) for i in (3, 90))
     assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -223,18 +223,18 @@ def test_network_is_told_no_level():
 def test_average_of_the_weights_in_float64():
     torch.manual_seed(0)
     net = torch.nn.Linear(3, 2)
-    ema, expected = EMA(net, 0.999), None
+    ema, expected = EMA(net, share=0.1), None
     for n in range(30):
         torch.nn.init.normal_(net.weight)
         ema.update(net)
-        decay = min(0.999, (1 + n) / (10 + n))
+        decay = 1 - 1 / (1 + 0.1 * n)
         new = net.weight.detach().double()
         expected = new if expected is None else decay * expected + (1 - decay) * new
     assert torch.allclose(ema.module.weight.double(), expected, atol=1e-6)
 
 
 def test_there_are_no_buffers_to_average():
-    assert not list(ScoreNet(**SMALL).buffers())
+    assert not list(UNet(**SMALL).buffers())
 
 
 # ------------------------------------------------------------------ sampling
@@ -281,7 +281,7 @@ def test_a_large_sigma_forgets_the_start_and_a_small_one_does_not():
 
 
 def test_same_seed_same_samples_and_bad_steps():
-    process, net = NCSNv2(0.5, 0.1, dim=100), ScoreNet(**SMALL).eval()
+    process, net = NCSNv2(0.5, 0.1, dim=100), trained()
     a, b, c = (process.sample(net, 2, 1, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1))
     assert a.shape == (2, 1, 28, 28) and torch.equal(a, b) and not torch.equal(a, c)
     with pytest.raises(ValueError, match="at least 1"):
@@ -300,38 +300,51 @@ def test_unit_interval_and_back():
 
 
 # ------------------------------------------------------------------ the network
+def trained(**unet):
+    """A small network none of whose parameters is zero, as after a training."""
+    torch.manual_seed(0)
+    net = UNet(**{**SMALL, **unet})
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return net.eval()
+
+
 def test_network_shapes_and_parameters():
-    net = ScoreNet(**SMALL)
+    net = trained()
     assert net(torch.randn(3, 1, 28, 28)).shape == (3, 1, 28, 28)
-    with pytest.raises(ValueError, match="same stages"):
-        ScoreNet(channels=(4, 4), dilations=(1,))
     net(torch.randn(2, 1, 28, 28)).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
-    assert torch.equal(net.eval()(torch.ones(2, 1, 28, 28)), net.train()(torch.ones(2, 1, 28, 28)))
+    assert not UNet(**SMALL)(torch.randn(2, 1, 28, 28)).any()                   # at the start of a training it says 0
 
 
-def test_instance_norm_plus_equals_the_formula():
-    torch.manual_seed(0)
-    layer, x = model.UnconditionalNormPlus(5), 3 * torch.randn(2, 5, 4, 6) + torch.randn(2, 5, 1, 1)
-    torch.nn.init.normal_(layer.embed)
-    gamma, alpha, beta = layer.embed.detach()[:, None]                                             # (1, 5, 1, 1) each
-    mean, variance = x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True, unbiased=False)
-    m = (mean - mean.mean(1, keepdim=True)) / variance.mean(1, keepdim=True).sqrt()
-    expected = gamma * ((x - mean) / (variance + 1e-5).sqrt() + alpha * m) + beta
-    assert torch.allclose(layer(x, None), expected, atol=1e-4)
+def test_network_sees_the_direction_and_the_size_of_its_input():
+    # Technique 3: nothing but x goes in. Lesson 05's network, on x over its root mean square, with its logarithm as the
+    # time; and beside it a share of x itself that depends on the size alone.
+    net, x = trained(), torch.rand(2, 1, 28, 28)
+    x[1] = 0.5 + 20 * torch.randn(1, 28, 28)
+    centred = 2 * x.double() - 1
+    size = centred.square().mean((1, 2, 3)).sqrt().float()
+    unit = centred.float() / size[:, None, None, None]
+    assert size[1] > 35 and torch.allclose(unit.square().mean((1, 2, 3)), torch.ones(2), atol=1e-5)
+    told = net.embed(250 * size.log())
+    share = net.gain(torch.nn.functional.silu(told))[:, :, None, None]
+    expected = net.body(unit, told) - share * unit
+    assert torch.allclose(net(x), expected, rtol=1e-3, atol=1e-3)
+    assert share.shape == (2, 1, 1, 1) and (share[0] - share[1]).abs() > 1e-3
 
 
-def test_normalisation_keeps_brightness_beside_the_noise():
-    # Twice the brightness at the same noise must show: with the deviation of the means in its place it would not.
-    layer = model.UnconditionalNormPlus(2)
-    torch.nn.init.ones_(layer.embed)
-    noise = torch.randn(1, 2, 8, 8)
-    noise = (noise - noise.mean((2, 3), keepdim=True)) / noise.std((2, 3), keepdim=True, unbiased=False)
-    offset = torch.tensor([1.0, -1.0])[None, :, None, None]
-    means = [(layer(noise + size * offset, None) - 1)[0, 0].mean().item() for size in (0.1, 0.2)]
-    assert means == pytest.approx([0.1, 0.2], rel=1e-3)
+def test_large_noise_is_handed_through():
+    # With a share of 1 and a body that says 0 the answer to pure noise is -z, as exactly as 784 numbers tell sigma.
+    net, z = UNet(**SMALL), torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    net.gain.bias.data.fill_(1)
+    error = (net(0.5 + 17 * z) + z).square().mean().item()
+    assert error == pytest.approx(1 / (2 * 784), rel=0.5)
 
 
-def test_each_image_is_normalised_alone():
-    net, x = ScoreNet(**SMALL), torch.randn(4, 1, 28, 28)
-    assert torch.allclose(net(x)[:1], net(x[:1]), atol=1e-5)
+def test_an_image_of_grey_is_no_division_by_zero():
+    assert trained()(torch.full((1, 1, 28, 28), 0.5)).isfinite().all()
+
+
+def test_each_image_is_seen_alone():
+    net, x = trained(), torch.randn(4, 1, 28, 28)
+    assert torch.allclose(net(x)[:1], net(x[:1]), rtol=1e-3, atol=1e-3)
