@@ -166,8 +166,8 @@ class UNet(earlier.UNet):
 
     Where the noise is large, -x over its root mean square is nearly the answer; where it is small, nothing of it. So
     the network is told how large x is, as lesson 05's is told the time, and learns from that how much of it to hand on.
-    Differs from the paper, whose network is lesson 03's `ScoreNet` with one row of normalisation weights for all levels,
-    because minutes of training give this one far better digits. The keys are those of lesson 05.
+    Differs from the paper, whose network is much like lesson 03's `ScoreNet`, with one row of normalisation weights for
+    all levels, because this one learns more in minutes. The keys are those of lesson 05.
     """
 
     def __init__(self, **unet):
