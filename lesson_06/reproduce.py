@@ -96,7 +96,7 @@ def main(argv=None):
     claim.note("interpolation", interpolation(run))
     claim.note("floor", {"fid": floor(cfg.n), "fid_low": floor(cfg.n, low=True)})
     run.output(plot_factors, claim, "factors.png")
-    run.output(save_strip, [of(rows, arm, cfg.few)["x"][:12] for arm in ETAS], "eta.png")
+    run.output(save_strip, [of(rows, arm, cfg.few)["x"][:12] for arm in ETAS], "eta.png", down=ETAS)
     return claim.finish(plot=plot, n=cfg.n)
 
 

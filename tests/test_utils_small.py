@@ -173,6 +173,20 @@ def test_labels_stand_above_columns_and_beside_rows(tmp_path):
     assert pictures.grid(x, 3, across="abc").size == (plain.width, plain.height + 28)
 
 
+@pytest.mark.parametrize("c, classes, wide, across", [
+    ([*range(10)] * 3, 10, 10, "0123456789"),           # in turn: a column for each
+    ([7] * 12, 10, 10, "7777777777"),
+    ([3, 1, 4] * 10, 10, 10, ""),                       # a column holds several
+    ([10] * 12, 10, 10, ""),                            # no class
+    ([*range(3)] * 5, 3, 9, "012012012"),
+    ([*range(12)] * 2, 12, 10, ""),
+    ([0, 1], 10, 10, ["0", "1"] + [""] * 8)])
+def test_a_column_of_one_class_is_named(c, classes, wide, across):
+    laid = pictures.by_class(torch.tensor(c), classes)
+    assert laid["columns"] == wide and list(laid["across"]) == list(across)
+    assert pictures.grid(torch.zeros(len(c), 1, 8, 8), **laid)
+
+
 def test_few_colours_are_those_of_the_lines():
     # A chart is nearly all white; its lines must keep their hues when it is stored with twelve colours.
     shades = torch.arange(256).repeat(200, 1).to(torch.uint8)              # soft greys, as of text, take most of it

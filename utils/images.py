@@ -78,6 +78,14 @@ def columns(classes):
     return 10 // classes * classes or 10
 
 
+def by_class(c, classes):
+    """The layout of a grid of images of the classes c (n,): its columns and, where each holds one class, which."""
+    wide = columns(classes)
+    kinds = [set(c[i::wide].tolist()) for i in range(wide)]
+    one = all(len(kind) <= 1 for kind in kinds) and int(c.max()) < classes      # the class `classes` is none
+    return {"columns": wide, "across": ["".join(map(str, kind)) for kind in kinds] if one else ()}
+
+
 def save_grid(x, path, columns=None, scale=2, across=(), down=()):
     """Write a grid of images as a PNG, `across` above its columns and `down` beside its rows. Returns the path."""
     picture = grid(x, columns, scale, across=across, down=down)

@@ -10,7 +10,7 @@
 import torch
 
 from model import DDPM, UNet, guided
-from utils import Run, UserError, batches, cli, columns, noise, report, save_gif, save_grid, save_npz, score
+from utils import Run, UserError, batches, by_class, cli, noise, report, save_gif, save_grid, save_npz, score
 
 
 def main(argv=None):
@@ -24,7 +24,7 @@ def main(argv=None):
     start = run.clock()
     x = draw(ddpm, net, c, null, cfg.steps, cfg.guidance, run.generators(cfg.n), cfg.batch, shape)
     seconds, calls = run.clock() - start, cfg.steps * (1 if cfg.guidance in (0, 1) else 2)
-    run.output(save_grid, x[:60], cfg.out, columns=columns(null))
+    run.output(save_grid, x[:60], cfg.out, **by_class(c[:60], null))
     print(f"{cfg.n} images, {calls} network calls each, in {seconds:.1f} s")
     if cfg.npz:
         run.output(save_npz, x, cfg.npz, labels=c)
