@@ -10,23 +10,24 @@
 import torch
 
 from model import EDM, UNet
-from utils import EMA, Run, Section, cli, ramp, save_grid
+from utils import EMA, Run, Section, cli, muon, ramp, save_grid
 
 
-# Adapted from lesson_05/train.py: main -- Adam; the loss and the previews are EDM's
+# Adapted from lesson_05/train.py: main -- the loss and the previews are EDM's
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
     data = run.images(run.config.unet)
     process = standardised(run.config.edm, data)        # auto: the mean and the deviation of these images
     edm, net = EDM(**process), UNet(**run.config.unet)
-    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    optimizer = muon(net, cfg.lr, cfg.adam_lr, cfg.beta2, outer=(net.stem, net.out))    # Adam alone: see README
     edm, net, optimizer = run.prepare(edm, net, optimizer)
-    ema = EMA(net, cfg.ema_decay)
+    ema = EMA(net, share=cfg.ema_share)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
 
     for step, (x0, _) in run.steps(data):               # (B, C, H, W) in [-1, 1]
-        optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
         loss = edm.loss(net, x0)                        # Sec. 5: 1 at the start, whatever sigma is drawn
         optimizer.zero_grad()
         run.backward(loss)

@@ -10,22 +10,23 @@
 import torch
 
 from model import FlowMatching, UNet, dequantise, quantise
-from utils import EMA, Run, cli, ramp, save_grid, save_weights
+from utils import EMA, Run, cli, muon, ramp, save_grid, save_weights
 
 
-# Adapted from lesson_05/train.py: main -- Adam; pixels become densities before the loss, and averages of the weights
+# Adapted from lesson_05/train.py: main -- pixels become densities before the loss, and averages of the weights
 #   may be kept on the way
 def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
     flow, net = FlowMatching(**run.config.flow), UNet(**run.config.unet)
-    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    optimizer = muon(net, cfg.lr, cfg.adam_lr, cfg.beta2, outer=(net.stem, net.out))    # Adam alone: see README
     flow, net, optimizer = run.prepare(flow, net, optimizer)
-    ema = EMA(net, cfg.ema_decay)
+    ema = EMA(net, share=cfg.ema_share)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
 
     for step, (x0, _) in run.steps(run.images(run.config.unet)):                    # (B, C, H, W) in [-1, 1]
-        optimizer.param_groups[0]["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * ramp(step, cfg.warmup, cfg.steps)
         loss = flow.loss(net, dequantise(x0))           # Eq. (23)
         optimizer.zero_grad()
         run.backward(loss)
