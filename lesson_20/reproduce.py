@@ -71,7 +71,7 @@ class NoisePrediction(VPLoss):
 
 
 OLD, OURS = "VP preconditioning, VP loss (noise prediction)", "EDM preconditioning, EDM loss"
-PAPER = ["edm.p_mean=-1.2"]                             # the paper's; the published network has -0.5
+PAPER = ["edm.p_mean=-1.2"]                             # the paper's; the published network has 0.1
 ARMS = {OLD: Arm(PAPER, EDM=NoisePrediction), "EDM preconditioning, VP loss": Arm(PAPER, EDM=VPLoss), OURS: PAPER}
 
 
