@@ -29,8 +29,8 @@ def test_a_bound_rises_only_if_it_does_at_every_look_in_every_seed():
 
 def test_the_published_rows_give_the_published_verdicts(tmp_path):
     claim = saved(ROOT / "lesson_02" / "results" / "claim.json")
-    assert {letter: one["verdict"] for letter, one in claim.claims.items()} == dict.fromkeys(
-        ("a", "b1", "b2", "c1", "c2"), "reproduced")
+    assert {letter: one["verdict"] for letter, one in claim.claims.items()} == {
+        **dict.fromkeys(("a", "b1", "b2", "c2"), "reproduced"), "c1": "not reproduced at this scale"}
     assert all(-2.6 <= bits <= reproduce.TRUTH for bits in claim.rows.values("bits", arm="heartbeat"))
     bounds = reproduce.histories(claim.rows)
     assert reproduce.rises(bounds) and above([values[-1] for values in bounds], [2] * 3)

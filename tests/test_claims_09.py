@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import load
-from utils import Rows
+from conftest import ROOT, load
+from utils import Rows, saved
 
 reproduce = load("lesson_09", "reproduce")
 CFG = SimpleNamespace(counts=[10, 25, 50], long=[100, 1000], skip=0.2)
@@ -103,3 +103,14 @@ def test_lesson_05s_network_walks_with_a_fixed_variance(tmp_path):
     assert torch.allclose(mean, old.p_mean(net, x, t, t - 1)[0], atol=1e-5)
     assert log_variance.flatten().tolist() == pytest.approx(
         [math.log(v) for v in old.reverse_variance(t, t - 1).tolist()], abs=1e-5)
+
+
+def test_the_published_rows_give_the_published_verdicts():
+    claim = saved(ROOT / "lesson_09" / "results" / "claim.json")
+    published, found = {letter: one["holds"] for letter, one in claim.claims.items()}, {}
+    skip, arms = (Rows([row for row in claim.rows if key in row]) for key in ("skip", "arm"))
+    few = Rows([row for row in claim.rows if "variance" in row and "steps" in row])
+    noise = Rows([row for row in claim.rows if "trace" in row]).unfold("trace", "times")
+    judge = lambda letter, sentence, holds, **_: found.update({letter: bool(holds)})
+    reproduce.judge(SimpleNamespace(cfg=claim.cfg, judge=judge), arms, few, noise, skip)
+    assert found == published and found["a2"] and found["b3"]

@@ -27,6 +27,7 @@ from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver as Adaptive
 from conftest import load
 from tools import frontpage, lineage, notebook, pages
 from utils import UserError, Weights, cli, images
+from utils.claims import RULE
 from utils.config import OVERLAYS
 from utils.files import lesson_name
 
@@ -188,6 +189,8 @@ def flaws(claim):
         yield from (f"({letter}) has no {key}" for key in ("sentence", "rule", "verdict") if not one.get(key))
         if len(one.get("sentence", "").split()) < 4:
             yield f"({letter}) is not a sentence"
+        if one.get("rule", "").startswith('"below"') and one["rule"] != RULE:
+            yield f"({letter}) was judged by another rule than that of utils.claims"
         if one.get("verdict") not in VERDICTS:
             yield f"({letter}) has the verdict {one.get('verdict')!r}"
     yield from (f"it is of a {size} run" for size in ("quick", "smoke") if claim.get("settings", {}).get(size))
@@ -203,6 +206,8 @@ def test_published_claims(folder):
     ({"verdict": NO_VERDICT}, "(a) has the verdict 'no verdict from a quick look'"),
     ({"verdict": "reproduced in part"}, "(a) has the verdict 'reproduced in part'"),
     ({"rule": ""}, "(a) has no rule"),
+    ({"rule": RULE}, None),
+    ({"rule": '"below" and "above": by the means'}, "(a) was judged by another rule than that of utils.claims"),
     ({"sentence": "Yes"}, "(a) is not a sentence"),
 ])
 def test_flaws_of_a_claim(change, flaw):

@@ -33,7 +33,6 @@ from .seeds import generators
 from .syntax import KINDS, dump
 
 RULE = '"below" and "above": in every seed, and p < 0.05 in a two-sided paired t-test over the seeds'
-OLD_RULE = '"below" and "above": in every seed, and the means by more than 3 pooled standard deviations over the seeds'
 ALWAYS = ("train", "gpu", "device", "smoke")           # what the arms take from the command line of reproduce.py
 
 
