@@ -267,6 +267,18 @@ def test_chain_reaches_its_point_and_the_last_step_takes_off_the_noise():
     assert torch.allclose(clean, torch.full_like(clean, 0.4), atol=1e-5)
 
 
+def test_a_network_that_is_told_no_level_needs_three_steps():
+    # One point at 0 and the answer -z, of a size that is always 1: a step takes noise of v sigma to (v - a)^2 + 2 a.
+    # As the page says, it settles with three steps a level and grows with two; told the level, 1.24 and 1.37.
+    torch.manual_seed(0)
+    process = NCSNv2(17.0)
+    for T, settled in ((1, 1e5), (2, 100), (3, 2.18)):
+        *_, (_, x, _) = process.anneal(lambda x: -x / x.square().mean((1, 2, 3), keepdim=True).sqrt(),
+                                       17 * torch.randn(4, 1, 28, 28), T)
+        ratio = x.square().mean().item() / 0.01 ** 2
+        assert ratio > settled if T < 3 else ratio == pytest.approx(settled, rel=0.1)
+
+
 def test_a_large_sigma_forgets_the_start_and_a_small_one_does_not():
     # Two points, 10 apart, and a start nearer to one of them. The exact score of the pair is known.
     torch.manual_seed(0)
