@@ -235,7 +235,7 @@ class VDM(nn.Module):
         """The weighted diffusion loss of Sec. 5.2, averaged over the batch. x0 (B, C, H, W) -> ().
 
         A plain squared error of eps at times that are even in the cosine clock: Eq. (17) with w = 2 / gamma'(t) of that
-        clock before it. As seen from gamma, w is proportional to alpha sigma, where the bound has 1.
+        clock before the error. As a function of gamma, w is proportional to alpha sigma; the bound has w = 1.
         """
         x = self.encode(x0)
         gamma, _ = cosine_clock(self.times(len(x), x.device), *self.ends(net))
@@ -267,7 +267,7 @@ class VDM(nn.Module):
         return mean + image(sigma_s * c.sqrt()) * noise, (z - image(sigma) * eps) / image(alpha)
 
     def grid(self, net, steps, kind="even"):
-        """The steps + 1 values of gamma that a sampling passes, from gamma_1 down to gamma_0 (Sec. 4: any s < t).
+        """The steps + 1 values of gamma that a sampling passes, from gamma_1 down to gamma_0 (App. A.4: any s < t).
 
         kind: "even" in the t of the learned gamma, as in the paper, or in the "cosine" clock between its ends.
         """
