@@ -20,7 +20,7 @@ def main(argv=None):
     data = run.images(run.config.unet)
     process = standardised(run.config.edm, data)        # auto: the mean and the deviation of these images
     edm, net = EDM(**process), UNet(**run.config.unet)
-    optimizer = muon(net, cfg.lr, cfg.adam_lr, cfg.beta2, outer=(net.stem, net.out))    # Adam alone: see lesson 05
+    optimizer = muon(net, cfg.lr, cfg.adam_lr, cfg.beta2, outer=(net.stem, net.out))    # Adam alone: see README
     edm, net, optimizer = run.prepare(edm, net, optimizer)
     ema = EMA(net, share=cfg.ema_share)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume

@@ -19,7 +19,7 @@ def main(argv=None):
     run = Run(__file__, argv)                           # configuration, device, precision, seed, processes
     cfg = run.config.train
     flow, net = FlowMatching(**run.config.flow), UNet(**run.config.unet)
-    optimizer = muon(net, cfg.lr, cfg.adam_lr, cfg.beta2, outer=(net.stem, net.out))    # Adam alone: see lesson 05
+    optimizer = muon(net, cfg.lr, cfg.adam_lr, cfg.beta2, outer=(net.stem, net.out))    # Adam alone: see README
     flow, net, optimizer = run.prepare(flow, net, optimizer)
     ema = EMA(net, share=cfg.ema_share)
     run.track(net=net, optimizer=optimizer, ema=ema)    # what a checkpoint holds; loads it on --resume
