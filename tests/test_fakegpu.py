@@ -265,7 +265,8 @@ def test_training(start, tmp_path, number):
     assert process.wait() == 0, process.err
     wanted = config.load(ROOT / READY[number] / "config.yaml", "train", ["gpu=true"]).train.precision
     assert f"Tesla T4, {wanted.replace('auto', 'fp16')}" in process.out, process.out
-    scaled = "optimizer.step()" if number in ("03", "04", "05", "05b", "06", "13", "20", "39") else ""                # Muon: see every_step
+    muon = ("03", "04", "05", "05b", "06", "13", "20", "39")                    # see every_step
+    scaled = "optimizer.step()" if number in muon else ""
     assert every_step(tmp_path / "report", scaled) == []
 
 
