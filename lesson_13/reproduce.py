@@ -119,13 +119,9 @@ def images(run):
 def measure_arm(run, vdm, net, arm, seed):
     """(b), (d): the bound of a short training, its ends, and where its network is good; the same noise for all arms."""
     terms = measure(vdm, net, images(run), run.config.reproduce.arm_draws, seeded(seed))
-    low, high = ends(run, vdm, net)
+    low, high = (end.item() for end in vdm.ends(net))
     return {**{key: float(value.mean()) for key, value in terms.items()}, "gamma_0": low, "gamma_1": high,
             "standard_error": standard_error(terms["bits_per_dim"]), "error_of_eps": error_of_eps(run, vdm, net)}
-
-
-def ends(run, vdm, net):
-    return vdm.gamma(net, torch.tensor([0.0, 1.0], dtype=torch.float64, device=run.device)).tolist()
 
 
 @torch.no_grad()
@@ -157,7 +153,7 @@ def by_interior(run, interior, seed):
     The variance is that of one draw, of one image at one time. curve: gamma(t) at 200 times, for the picture.
     """
     vdm, net = network(run)
-    low, high = ends(run, vdm, net)
+    low, high = (end.item() for end in vdm.ends(net))
     if interior != "learned":
         other = ("linear", low + 1, high) if interior == "control" else (interior, low, high)
         net = Bent(net, *other)
